@@ -1,0 +1,313 @@
+"""Data: image sets, augmentations named after their paper, and randomness without state.
+
+Every random choice about a sample, its crop, its flip, its mask, is a pure function of
+
+    (seed, epoch, index)
+
+so the same run gives the same weights with any number of workers, and a run interrupted
+anywhere continues exactly: there is no generator whose state could get lost. To that end
+the batch sampler hands out keys (epoch, index) instead of bare indices.
+
+Sets: shapes (generated, shapes.py), cifar10, cifar100, and folder: train/ and val/ (or
+test/) with a folder per class. Augmentations are lists of torchvision v2 transforms.
+
+Source: augmentations as published with MAE (arXiv 2111.06377), the ViT / SAM experiments
+(arXiv 2106.01548) and pad-and-crop for 32 px images. Written from the papers.
+Needs: torch, torchvision, tqdm; shapes.py.
+Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
+"""
+
+import os
+import signal
+from contextlib import contextmanager
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from torchvision import datasets
+from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from shapes import Shapes
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+AUGMENTATIONS = ("none", "padcrop", "mae", "inception", "strong")
+CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once, into one uint8 tensor
+
+
+# ---------------------------------------------------------------------------- randomness and order
+
+
+@contextmanager
+def seeded(seed, epoch, index):
+    """Inside, torch's CPU generator is a function of the three numbers; outside, it has not moved."""
+    state = torch.get_rng_state()
+    torch.default_generator.manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + index) % 2**63)
+    try:
+        yield
+    finally:
+        torch.set_rng_state(state)
+
+
+class TrainBatches:
+    """Batch sampler: lists of (epoch, index), this rank's share of each global batch.
+
+    Set `epoch`, and `start` to skip batches when resuming. The last incomplete batch is dropped, as in the
+    official codes; the order is shuffled anew each epoch.
+    """
+
+    def __init__(self, num_samples, batch_size, seed, rank=0, world=1):
+        self.num_samples, self.batch_size, self.seed, self.rank, self.world = num_samples, batch_size, seed, rank, world
+        self.epoch = self.start = 0
+        if len(self) == 0:
+            raise ValueError(f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training images; "
+                             f"use at most {num_samples // world}")
+
+    def __len__(self):
+        return self.num_samples // (self.batch_size * self.world)
+
+    def __iter__(self):
+        with seeded(self.seed, self.epoch, -1):
+            order = torch.randperm(self.num_samples)
+        for step in range(self.start, len(self)):
+            first = (step * self.world + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first:first + self.batch_size].tolist()]
+
+
+class EvalBatches:
+    """Batch sampler: every sample exactly once over all ranks, no padding; the last batches may be short."""
+
+    def __init__(self, num_samples, batch_size, rank=0, world=1):
+        self.indices, self.batch_size = range(rank, num_samples, world), batch_size
+
+    def __len__(self):
+        return -(-len(self.indices) // self.batch_size)
+
+    def __iter__(self):
+        for first in range(0, len(self.indices), self.batch_size):
+            yield [(0, index) for index in self.indices[first:first + self.batch_size]]
+
+
+def make_loader(dataset, batches, workers, device):
+    """A DataLoader whose own random numbers leave the global generator alone."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+                      pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals)
+
+
+def leave_signals(worker):
+    """Ctrl-C reaches every process of a terminal, but only the main one should act on it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+# ---------------------------------------------------------------------------- augmentations
+
+
+def augmentation(name, img_size, mean, std):
+    """uint8 image (C, H, W) -> normalised float (C, *img_size). See AUGMENTATIONS.
+
+    none       the whole image where the size fits, else resize to 8/7 of img_size and centre crop
+    padcrop    reflect-pad by 1/8, random crop, flip: for images that already have the size
+    mae        random resized crop (0.2, 1) bicubic, flip: MAE, MIRL and MixMIM pre-training
+    inception  random resized crop (0.05, 1), flip: "simple Inception-style preprocessing" of the SAM paper
+    strong     random resized crop, flip, RandAugment(2, 9), erasing 0.25: fine-tuning; mixup and cutmix act on batches
+    """
+    height, width = img_size
+    bicubic = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
+    flip = v2.RandomHorizontalFlip()
+    if name == "none":
+        return v2.Compose([FitSize(img_size), *finish])
+    if name == "padcrop":
+        padding = [max(1, width // 8), max(1, height // 8)]
+        return v2.Compose([FitSize(img_size), v2.RandomCrop(img_size, padding, padding_mode="reflect"), flip, *finish])
+    if name == "mae":
+        return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.2, 1.0), **bicubic), flip, *finish])
+    if name == "inception":
+        return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.05, 1.0), **bicubic), flip, *finish])
+    if name == "strong":
+        return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), **bicubic), flip,
+                           v2.RandAugment(num_ops=2, magnitude=9), *finish, v2.RandomErasing(p=0.25, value="random")])
+    raise ValueError(f"augment {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
+
+
+class FitSize(torch.nn.Module):
+    """Leaves an image of the right size alone; else shorter side to 8/7 of the crop (256 for 224), centre crop."""
+
+    def __init__(self, img_size):
+        super().__init__()
+        height, width = img_size
+        self.img_size = (height, width)
+        self.crop = v2.CenterCrop(self.img_size)
+
+    def forward(self, image):
+        height, width = self.img_size
+        if tuple(image.shape[-2:]) == self.img_size:
+            return image
+        scale = 8 / 7 * max(height / image.shape[-2], width / image.shape[-1])
+        size = [round(image.shape[-2] * scale), round(image.shape[-1] * scale)]
+        return self.crop(v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True))
+
+
+# ---------------------------------------------------------------------------- image sets
+
+
+class Images(Dataset):
+    """(epoch, index) -> (image, label, noise), noise (noise_size,) uniform, for the mask.
+
+    source    source[i] -> (uint8 image (3, H, W), label); has classes
+    indices   which of the source's images make up this set, None for all
+    """
+
+    def __init__(self, source, transform, seed=0, indices=None, noise_size=0):
+        self.source, self.transform, self.seed, self.noise_size = source, transform, seed, noise_size
+        self.indices = range(len(source)) if indices is None else indices
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        epoch, index = key
+        with seeded(self.seed, epoch, index):
+            noise = torch.rand(self.noise_size)  # first, so that the mask does not hang on the augmentation
+            image, label = self.source[self.indices[index]]
+            return self.transform(image), label, noise
+
+
+class Cifar(Dataset):
+    """torchvision's CIFAR as one uint8 tensor."""
+
+    def __init__(self, name, root, train, download):
+        make, self.mean, self.std = {
+            "cifar10": (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+            "cifar100": (datasets.CIFAR100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))}[name]
+        try:
+            data = make(root, train=train, download=download)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
+                             f"({str(error).splitlines()[0]})") from None
+        self.images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+        self.labels, self.classes = data.targets, data.classes
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        return self.images[i], self.labels[i]
+
+
+class Folder(Dataset):
+    """root/train and root/val (or root/test), a folder per class; grayscale becomes RGB.
+
+    A broken file is a ValueError with its path, or, with skip_bad, is reported, counted (`bad`) and replaced by
+    the next one. Small sets of equal-sized images are decoded once (`cache`), here only the `wanted` indices.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, root, train, skip_bad=False):
+        names = ["train"] if train else ["val", "test"]
+        path = next((p for p in (os.path.join(root, name) for name in names) if os.path.isdir(p)), None)
+        if path is None:
+            raise ValueError(f"data-path {root!r} has no folder {' or '.join(names)}/; expected {names[0]}/CLASS/image.jpg")
+        try:
+            found = datasets.ImageFolder(path)
+        except FileNotFoundError as error:
+            raise ValueError(f"data-path {path!r} does not hold a folder of images per class: {str(error).splitlines()[0]}") from None
+        self.samples, self.classes, self.skip_bad, self.cached = found.samples, found.classes, skip_bad, None
+        self.bad = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()  # loading processes count here too
+
+    def __len__(self):
+        return len(self.samples)
+
+    def read(self, i):
+        try:
+            return decode_image(self.samples[i][0], mode=ImageReadMode.RGB)
+        except (RuntimeError, OSError) as error:
+            if not self.skip_bad:
+                raise ValueError(f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, or add "
+                                 "--skip-bad") from None
+            self.bad[i] = True
+            return None
+
+    def __getitem__(self, i):
+        if self.cached is not None and i in self.cached[0]:
+            row = self.cached[0][i]
+            return self.cached[1][row], self.cached[2][row]
+        for j in range(i, i + len(self)):  # the first readable one from here on
+            if (image := self.read(j % len(self))) is not None:
+                if j != i:
+                    tqdm.write(f"skipped unreadable image {self.samples[i][0]}, used {self.samples[j % len(self)][0]}")
+                return image, self.samples[j % len(self)][1]
+        raise ValueError(f"none of the {len(self)} images can be read")
+
+    def cache(self, wanted, progress=True):
+        """Decode these indices once if they are small and of one size; True if done."""
+        first = self[wanted[0]][0]
+        if first.numel() * len(wanted) > CACHE_BYTES:
+            return False
+        images, labels = torch.empty((len(wanted), *first.shape), dtype=torch.uint8), []
+        for row, i in enumerate(tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)):
+            image, label = self[i]
+            if image.shape != first.shape:
+                return False
+            images[row] = image
+            labels.append(label)
+        self.cached = {i: row for row, i in enumerate(wanted)}, images, labels
+        return True
+
+
+def open_source(name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False):
+    """The image set `name` ("shapes", "cifar10", "cifar100", "folder"): len, [i] -> (uint8 image, label), classes, mean, std.
+
+    size is for shapes: training scenes; a quarter of it for validation.
+    """
+    if name == "shapes":
+        return Shapes(size if train else max(1, size // 4), img_size, seed, train)
+    if path is None:
+        raise ValueError(f"data {name!r} needs --data-path")
+    if name in ("cifar10", "cifar100"):
+        return Cifar(name, path, train, download)
+    if name == "folder":
+        return Folder(path, train, skip_bad)
+    raise ValueError(f"data {name!r} is unknown; choose shapes, cifar10, cifar100 or folder")
+
+
+def first_of_shuffle(num_samples, count):
+    """The first `count` of one fixed shuffle, whatever the run's seed: nested subsets to compare on."""
+    if not 1 <= count <= num_samples:
+        raise ValueError(f"train-images {count} must lie in 1..{num_samples}, the training images there are")
+    return torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))[:count].tolist()
+
+
+def channel_statistics(source, count=2000):
+    """Per-channel mean and std in [0, 1] over up to `count` images."""
+    sum_, square = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    pixels = 0
+    for i in first_of_shuffle(len(source), min(count, len(source))):
+        image = source[i][0].flatten(1).double() / 255
+        pixels += image.shape[1]
+        sum_ += image.sum(1)
+        square += image.square().sum(1)
+    mean = sum_ / pixels
+    return tuple(mean.tolist()), tuple((square / pixels - mean.square()).sqrt().tolist())
+
+
+if __name__ == "__main__":
+    from shapes import save_grid
+
+    source = Shapes(8, img_size=64)
+    mean, std = (torch.tensor(s).view(3, 1, 1) for s in (source.mean, source.std))
+    columns = {}
+    for name in AUGMENTATIONS:
+        data = Images(source, augmentation(name, (64, 64), source.mean, source.std))
+        columns[name] = (torch.stack([data[0, i][0] for i in range(6)]) * std + mean).clamp(0, 1)
+    save_grid("data_demo.png", columns)
+    data = Images(source, augmentation("mae", (64, 64), source.mean, source.std), noise_size=16)
+    again, later = (torch.equal(data[0, 3][0], data[epoch, 3][0]) for epoch in (0, 1))
+    print(f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} (expect False)")
+    mean, std = channel_statistics(source)
+    print(f"statistics of these 8 scenes: mean {[round(m, 2) for m in mean]}, std {[round(s, 2) for s in std]}")
+    order = TrainBatches(8, batch_size=2, seed=0, rank=1, world=2)
+    print(f"rank 1 of 2, batches of 2: keys (epoch, index) {list(order)}")
+    print("saved data_demo.png")

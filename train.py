@@ -1,0 +1,828 @@
+"""One visible loop: pretrain a ViT on unlabelled images, then classify with it.
+
+    python train.py                                   a minute: MIRL on generated shapes, then a linear probe
+    python train.py --task pretrain --method mae --data cifar10 --data-path DATA --download
+    python train.py --task classify --init runs/0001/checkpoint.pt --data cifar10 --data-path DATA
+    python train.py --task classify --probe --init runs/0001/checkpoint.pt ...
+    python train.py @recipes/mirl_vit_s54_pretrain.txt --dry-run
+    torchrun --nproc_per_node=4 train.py ...          the same on four devices
+
+A run leaves args.json, log.jsonl, checkpoint.pt and pictures in its output folder. Interrupted
+anywhere, it continues with --resume --output-dir DIR and ends with the weights it would have had:
+data order, augmentations, masks and drop path are functions of (seed, epoch or step, index), so
+the position in the run is all the state there is, besides model and optimizer.
+
+Source: recipes of MAE (arXiv 2111.06377) and MIRL (arXiv 2309.14136). Written from the papers.
+Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import os
+import shlex
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from checkpoints import load_pretrained, read_checkpoint
+from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
+                  make_loader, open_source)
+from mae import MAE
+from masking import hide, num_visible, paste, patch_mean_loss
+from mirl import MIRL
+from shapes import save_grid
+from vit import create_vit
+
+LOG_EVERY = 10  # steps
+MAX_BAD_STEPS = 5  # non-finite losses in a row before the run stops
+RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
+
+# Laptop-sized. What the papers did at full size stands in recipes/.
+DEFAULTS = {
+    "all": dict(
+        task=None, method="mirl", model="vit_demo", img_size=None, patch_size=None, embed_dim=None, depth=None, num_heads=None,
+        segments=None, decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
+        data="shapes", data_path=None, data_size=4096, train_images=None, download=False, skip_bad=False, stats=False,
+        accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", seed=0, workers=None,
+        init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
+        tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
+        cutmix=0.0, check=False),
+    "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
+    "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
+    "probe": dict(epochs=50, batch_size=256, blr=1e-2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
+}
+# flags that belong to one stage of the run without --task; its probes take their own defaults
+STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
+               "optimizer", "augment", "init", "layer_decay", "ema")
+FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # cannot change the result
+
+
+# ---------------------------------------------------------------------------- flags
+
+
+class Parser(argparse.ArgumentParser):
+    def convert_arg_line_to_args(self, line):  # recipes: several flags a line, # comments
+        return shlex.split(line, comments=True)
+
+    def error(self, message):
+        fail(message)
+
+
+def fail(message):
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(f"train.py: {message}; see --help", file=sys.stderr)
+    sys.exit(2)
+
+
+def parse(argv=None):
+    """The flags that were given, as a dict; defaults come later, from DEFAULTS."""
+    parser = Parser(prog="train.py", description=__doc__.split("\n\n")[0], fromfile_prefix_chars="@", allow_abbrev=False,
+                    argument_default=argparse.SUPPRESS, epilog="@FILE reads flags from a file. Defaults: see DEFAULTS in train.py.")
+
+    def flag(name, help, **kwargs):
+        key = name[2:].replace("-", "_")
+        known = {task: group[key] for task, group in DEFAULTS.items() if group.get(key) not in (None, False)}
+        shown = ", ".join(str(value) if task == "all" else f"{task} {value}" for task, value in known.items())
+        parser.add_argument(name, help=help + (f" (default {shown})" if shown else ""), **kwargs)
+
+    switch = dict(action="store_true")
+    flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
+    flag("--method", "pre-training objective", choices=("mae", "mirl"))
+    flag("--model", "preset of vit.py")
+    flag("--img-size", "one number or H W", type=int, nargs="+")
+    for name in ("patch-size", "embed-dim", "depth", "num-heads"):
+        flag(f"--{name}", "overrides the preset", type=int)
+    flag("--segments", "MIRL's K; default the largest of 6, 4, 2 that divides the depth", type=int)
+    flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
+    flag("--decoder-depth", "blocks per decoder", type=int)
+    flag("--decoder-num-heads", "default one per 32 channels", type=int)
+    flag("--raw-pixels", "MAE: predict pixels, not normalised patches", **switch)
+    flag("--checkpointing", "recompute activations: less memory, more time", **switch)
+    flag("--data", "image set", choices=("shapes", "cifar10", "cifar100", "folder"))
+    flag("--data-path", "where it lies")
+    flag("--data-size", "shapes: training scenes", type=int)
+    flag("--train-images", "use the first N of a fixed shuffle; with --dry-run just the epoch's size", type=int)
+    flag("--download", "let torchvision fetch CIFAR", **switch)
+    flag("--skip-bad", "replace unreadable images instead of stopping", **switch)
+    flag("--stats", "measure mean and std on the data instead of taking the set's own", **switch)
+    flag("--augment", "default padcrop up to 64 px, mae (pretrain) or inception (classify) above", choices=AUGMENTATIONS)
+    flag("--epochs", "passes over the training images", type=int)
+    flag("--batch-size", "images per process and micro-batch", type=int)
+    flag("--accum", "micro-batches per step", type=int)
+    flag("--blr", "learning rate per 256 images of effective batch", type=float)
+    flag("--lr", "the learning rate itself, instead of --blr", type=float)
+    flag("--min-lr", "end of the cosine", type=float)
+    flag("--weight-decay", "not on biases and norms", type=float)
+    flag("--beta2", "AdamW's second beta", type=float)
+    flag("--warmup-epochs", "linear warm-up; default 5 %% of the steps", type=float)
+    flag("--clip-grad", "gradient norm; default off", type=float)
+    flag("--mask-ratio", "share of patches hidden, in [0, 1)", type=float)
+    flag("--optimizer", "", choices=("adamw", "sgd"))
+    flag("--layer-decay", "learning rate factor per block, from the head down", type=float)
+    flag("--drop-path", "stochastic depth of the last block", type=float)
+    flag("--ema", "decay of the weight average that is evaluated; default off", type=float)
+    flag("--label-smoothing", "classify", type=float)
+    flag("--mixup", "alpha, 0 is off", type=float)
+    flag("--cutmix", "alpha, 0 is off; with both, one of them per batch", type=float)
+    flag("--pool", "what the classifier reads", choices=("mean", "cls"))
+    flag("--probe", "freeze all but the head; the features are computed once, without augmentation", **switch)
+    flag("--init", "checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL")
+    flag("--seed", "", type=int)
+    flag("--workers", "loading processes; default none on a CPU, up to 8 on a GPU", type=int)
+    flag("--output-dir", "default a fresh folder under runs/")
+    flag("--resume", "continue the run in --output-dir", **switch)
+    flag("--save-minutes", "checkpoint at least this often, besides each epoch", type=float)
+    flag("--compile", "torch.compile", **switch)
+    flag("--precision", "auto: bf16 on CUDA of capability 8 and up, else fp32", choices=("auto", "fp32", "bf16"))
+    flag("--device", "auto: cuda, mps or cpu", choices=("auto", "cuda", "mps", "cpu"))
+    flag("--dry-run", "print sizes and costs, train nothing, need no data", **switch)
+    flag("--tflops", "device speed assumed by --dry-run", type=float)
+    flag("--check", "print versions and test the installation", **switch)
+    return vars(parser.parse_args(argv))
+
+
+def resolve(given):
+    """Given flags -> all flags, checked. ValueError in one sentence."""
+    args = argparse.Namespace(**{**DEFAULTS["all"], **given})
+    if args.probe and args.task != "classify":
+        raise ValueError("--probe goes with --task classify")
+    stage = DEFAULTS["probe" if args.probe else args.task]
+    for key, value in stage.items():
+        setattr(args, key, given.get(key, value))
+    for key in ("batch_size", "accum", "epochs", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth"):
+        if getattr(args, key) is not None and getattr(args, key) < 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
+    for key in ("lr", "blr", "min_lr", "weight_decay", "warmup_epochs", "workers", "seed", "label_smoothing", "mixup", "cutmix",
+                "save_minutes", "drop_path"):
+        if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must not be negative")
+    for key in ("clip_grad", "ema", "layer_decay", "tflops"):
+        if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be positive")
+    for key in ("drop_path", "label_smoothing", "ema"):
+        if getattr(args, key) is not None and getattr(args, key) >= 1:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be below 1")
+
+    if isinstance(args.img_size, int):
+        args.img_size = [args.img_size]
+    if args.img_size is not None and not 1 <= len(args.img_size) <= 2:
+        raise ValueError(f"--img-size takes one number or H W, got {args.img_size}")
+    with torch.device("meta"):  # no weights are made; the model's own checks run, and its sizes become the flags
+        encoder = build_encoder(args)
+    args.img_size, args.patch_size = list(encoder.img_size), encoder.patch_size
+    args.embed_dim, args.depth, args.num_heads = encoder.embed_dim, len(encoder.blocks), encoder.num_heads
+    if args.task == "pretrain":
+        num_visible(math.prod(encoder.grid_size), args.mask_ratio)
+        if args.decoder_embed_dim is None:
+            args.decoder_embed_dim = max(32, round(args.embed_dim * 2 / 3 / 32) * 32)
+        if args.decoder_num_heads is None:
+            args.decoder_num_heads = max(1, args.decoder_embed_dim // 32)
+        if args.method == "mirl" and args.segments is None:
+            args.segments = next((k for k in (6, 4, 2) if args.depth % k == 0), 2)
+    if getattr(args, "augment", None) is None:
+        args.augment = "padcrop" if max(args.img_size) <= 64 else "mae" if args.task == "pretrain" else "inception"
+    return args
+
+
+# ---------------------------------------------------------------------------- models
+
+
+def build_encoder(args):
+    sizes = {key: getattr(args, key) for key in ("patch_size", "embed_dim", "depth", "num_heads") if getattr(args, key) is not None}
+    if args.img_size is not None:
+        sizes["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
+    return create_vit(args.model, num_classes=0, pool=args.pool, pos_embed="sincos", drop_path=args.drop_path,
+                      checkpointing=args.checkpointing, **sizes)
+
+
+def build_model(args, num_classes, main_rank=False):
+    """The pre-training model, or the classifier. The encoder is drawn first: the same seed, the same encoder."""
+    encoder = build_encoder(args)
+    if args.init:
+        load_pretrained(encoder, args.init, verbose=main_rank)
+    if args.task == "pretrain":
+        decoder = dict(decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
+                       decoder_num_heads=args.decoder_num_heads)
+        if args.method == "mirl":
+            return MIRL(encoder, args.segments, **decoder)
+        return MAE(encoder, norm_pix_loss=not args.raw_pixels, **decoder)
+    encoder.reset_classifier(num_classes)
+    encoder.pos_embed.requires_grad_(True)
+    if args.probe:
+        encoder.requires_grad_(False)
+        # MAE's probe: the parameter-free normalisation makes one learning rate fit features of any scale
+        head = nn.Linear(encoder.embed_dim, num_classes)
+        nn.init.trunc_normal_(head.weight, std=0.01)
+        nn.init.zeros_(head.bias)
+        encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6), head)
+    elif args.init:
+        nn.init.trunc_normal_(encoder.head.weight, std=2e-5)  # as MAE: start from the features, not from noise
+    return encoder
+
+
+def param_groups(model, args):
+    """Groups with weight_decay and lr_scale: no decay on 1-D tensors; per-block learning rates (1 group each)."""
+    groups = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        # pre-training decays class and mask tokens as the official codes do; fine-tuning spares token and table
+        spare = param.ndim <= 1 or name.endswith(".bias") or (args.task == "classify" and name in ("cls_token", "pos_embed"))
+        layer = args.depth + 1
+        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+            layer = 0
+        elif name.startswith("blocks."):
+            layer = int(name.split(".")[1]) + 1
+        scale = args.layer_decay ** (args.depth + 1 - layer)
+        key = (spare, scale)
+        groups.setdefault(key, dict(params=[], weight_decay=0.0 if spare else args.weight_decay, lr_scale=scale))
+        groups[key]["params"].append(param)
+    return list(groups.values())
+
+
+def build_optimizer(model, args):
+    groups = param_groups(model, args)
+    if args.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
+    fused = next(model.parameters()).device.type in ("cuda", "cpu")
+    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=fused)
+
+
+def lr_at(step, total, warmup, lr, min_lr):
+    """Linear warm-up, then half a cosine down to min_lr."""
+    if step < warmup:
+        return lr * step / warmup
+    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+
+
+def make_objective(model, args):
+    """(images, labels, noise) -> scalar loss; the only place where the tasks differ during a step."""
+    if args.task == "pretrain":
+        return lambda images, labels, noise: model(images, args.mask_ratio, noise).loss
+    mixes = [make(alpha=alpha, num_classes=args.num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
+    mix = v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
+
+    def objective(images, labels, noise):
+        images, labels = mix(images, labels)
+        return F.cross_entropy(model(images).float(), labels, label_smoothing=args.label_smoothing)
+
+    return objective
+
+
+# ---------------------------------------------------------------------------- several processes
+
+
+class World:
+    """Device and ranks; one path for one process and for torchrun."""
+
+    def __init__(self, args):
+        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        kind = args.get("device", "auto")
+        if kind == "auto":
+            kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+        available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
+        if kind in available and not available[kind]():
+            raise ValueError(f"--device {kind} is not available here; try --device cpu")
+        self.device = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        if kind == "cuda":
+            torch.cuda.set_device(self.device)
+            torch.set_float32_matmul_precision("high")
+        self.grouped = self.size > 1 and not dist.is_initialized()
+        if self.grouped:
+            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
+
+    def sum(self, numbers):
+        """Add up a list of numbers over all ranks."""
+        if self.size == 1:
+            return list(numbers)
+        total = torch.tensor(numbers, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value):
+        """Every rank's (picklable) value, as a list."""
+        values = [value]
+        if self.size > 1:
+            values = [None] * self.size
+            dist.all_gather_object(values, value)
+        return values
+
+    def say(self, *words):
+        if self.rank == 0:
+            tqdm.write(" ".join(map(str, words)))
+
+    def close(self):
+        if self.grouped:
+            dist.destroy_process_group()
+
+
+# ---------------------------------------------------------------------------- evaluation, pictures, checkpoints
+
+
+@torch.no_grad()
+def evaluate(model, loader, args, world, autocast):
+    """val_loss, and val_acc in percent: every sample counts once, however many processes."""
+    model.eval()
+    loss, correct, count = 0.0, 0, 0
+    for images, labels, noise in loader:
+        images, labels, noise = (t.to(world.device, non_blocking=True) for t in (images, labels, noise))
+        with autocast:
+            if args.task == "pretrain":
+                loss += model(images, args.mask_ratio, noise).loss.item() * len(images)
+            else:
+                logits = model(images).float()
+                loss += F.cross_entropy(logits, labels, reduction="sum").item()
+                correct += (logits.argmax(dim=1) == labels).sum().item()
+        count += len(images)
+    model.train()
+    loss, correct, count = world.sum([loss, correct, count])
+    result = {"val_loss": loss / count}
+    return result if args.task == "pretrain" else {**result, "val_acc": 100 * correct / count}
+
+
+@torch.no_grad()
+def probe_features(encoder, images, args, world, autocast, workers):
+    """Pooled features of a whole set, once: each rank computes its share, all get all. (n, D), (n,)"""
+    encoder.eval()
+    head, encoder.head = encoder.head, nn.Identity()
+    parts = []
+    loader = make_loader(images, EvalBatches(len(images), args.batch_size, world.rank, world.size), workers, world.device)
+    for batch, labels, _ in tqdm(loader, desc="features", leave=False, disable=None if world.rank == 0 else True):
+        with autocast:
+            parts.append((encoder(batch.to(world.device)).float().cpu(), labels))
+    encoder.head = head
+    mine = [torch.cat(column) for column in zip(*parts)] if parts else [torch.empty(0, encoder.embed_dim), torch.empty(0, dtype=torch.long)]
+    features, labels = torch.empty(len(images), encoder.embed_dim), torch.empty(len(images), dtype=torch.long)
+    for rank, (some, these) in enumerate(world.gather(mine)):
+        features[rank::world.size], labels[rank::world.size] = some, these
+    return Features(features, labels)
+
+
+class Features(torch.utils.data.Dataset):
+    """Cached features in the form of Images: (epoch, index) -> (feature, label, noise)."""
+
+    def __init__(self, features, labels):
+        self.features, self.labels = features, labels
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, key):
+        return self.features[key[1]], self.labels[key[1]], torch.empty(0)
+
+
+@torch.no_grad()
+def save_pictures(path, model, images, noise, args, mean, std):
+    """Reconstructions of a few validation images; the captions say which pixels are true."""
+    model.eval()
+    out = model(images, args.mask_ratio, noise)
+    reconstruction = model.reconstruct(images, args.mask_ratio, noise)
+    mean, std = (torch.tensor(s, device=images.device).view(-1, 1, 1) for s in (mean, std))
+    columns = {"input: all true pixels": images,
+               "model's view: true pixels, grey hidden": hide(images, out.mask, args.patch_size, 0.0)}
+    if args.method == "mae":
+        columns["prediction: no true pixels"] = whole = reconstruction
+    else:
+        main, residual, whole = reconstruction[0]
+        columns["main, first segment: no true pixels"] = main
+        columns["residual, last segment: grey is zero"] = residual - mean / std + 0.5 / std
+        columns["sum: no true pixels"] = whole
+    columns["true where visible, else predicted"] = paste(images, whole, out.mask, args.patch_size)
+    save_grid(path, {name: (column * std + mean).clamp(0, 1).cpu() for name, column in columns.items()})
+    model.train()
+
+
+def save_checkpoint(path, state):
+    """Write beside, then rename: a full disk or a kill leaves the previous checkpoint whole."""
+    temporary = Path(f"{path}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        temporary.unlink(missing_ok=True)
+        raise SystemExit(f"train.py: cannot save {path} ({str(error).splitlines()[0]}); the previous checkpoint is untouched, "
+                         "free some space and continue with --resume") from None
+
+
+def ema_update(decay):
+    """Weight average whose window grows with the run, min(decay, (1 + s) / (10 + s)), as MIRL fine-tunes."""
+    def update(averaged, current, step):
+        d = min(decay, (1 + int(step)) / (10 + int(step)))
+        torch._foreach_lerp_([a for a in averaged if a.is_floating_point()], [c for c in current if c.is_floating_point()], 1 - d)
+    return update
+
+
+# ---------------------------------------------------------------------------- the run
+
+
+def run(args, world, folder, stop):
+    """One task from start (or checkpoint) to end. Returns the last epoch's log line, with `baseline` where it applies."""
+    say, device = world.say, world.device
+    checkpoint_path, main_rank = folder / "checkpoint.pt", world.rank == 0
+    saved = read_checkpoint(checkpoint_path) if args.resume and checkpoint_path.exists() else None
+
+    # data
+    data = dict(name=args.data, path=args.data_path, img_size=tuple(args.img_size), size=args.data_size, download=args.download,
+                skip_bad=args.skip_bad)
+    if args.download and world.rank != 0:
+        world.gather(None)  # rank 0 downloads first
+        data["download"] = False
+    source = open_source(train=True, **data)
+    if args.download and world.rank == 0:
+        world.gather(None)
+    try:
+        val_source = open_source(train=False, **data)
+    except ValueError:
+        if args.task != "pretrain":
+            raise
+        val_source = None  # unlabelled sets often have no second half
+    if val_source is not None and args.task == "classify" and list(val_source.classes) != list(source.classes):
+        raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)} folders")
+    indices = list(range(len(source))) if args.train_images is None else first_of_shuffle(len(source), args.train_images)
+    for some, wanted in ((source, indices), (val_source, None)):
+        if isinstance(some, Folder):
+            some.cache(list(range(len(some))) if wanted is None else wanted, progress=main_rank)
+    mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
+    num_patches = (args.img_size[0] // args.patch_size) * (args.img_size[1] // args.patch_size)
+    noise_size = num_patches if args.task == "pretrain" else 0
+    train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size)
+    plain = augmentation("none", args.img_size, mean, std)
+    val_set = None if val_source is None else Images(val_source, plain, args.seed, None, noise_size)
+    workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
+
+    # model
+    torch.manual_seed(args.seed)
+    args.num_classes = len(source.classes)
+    model = build_model(args, args.num_classes, main_rank).to(device)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    learner = model
+    if args.probe:  # the encoder is frozen, so its features never change: compute them once, train the head on them
+        train_set = probe_features(model, Images(source, plain, args.seed, indices), args, world, autocast, workers)
+        val_set = probe_features(model, val_set, args, world, autocast, workers)
+        learner, workers = model.head, 0
+    train_batches = TrainBatches(len(train_set), args.batch_size, args.seed, world.rank, world.size)
+    loader = make_loader(train_set, train_batches, workers, device)
+    val_loader = val_set and make_loader(val_set, EvalBatches(len(val_set), args.batch_size, world.rank, world.size), workers, device)
+    if args.accum > len(train_batches):
+        raise ValueError(f"--accum {args.accum} is larger than the {len(train_batches)} batches of an epoch")
+    ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema), use_buffers=True) if args.ema else None
+    wrapped = torch.compile(learner) if args.compile else learner
+    if world.size > 1:
+        wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
+    objective = make_objective(wrapped, args)
+
+    # optimizer and schedule
+    optimizer = build_optimizer(learner, args)
+    steps_per_epoch = math.ceil(len(train_batches) / args.accum)
+    total_steps = args.epochs * steps_per_epoch
+    effective = args.batch_size * args.accum * world.size
+    lr = args.lr if args.lr is not None else args.blr * effective / 256
+    warmup = 0.05 * total_steps if args.warmup_epochs is None else args.warmup_epochs * steps_per_epoch
+
+    trainable = sum(p.numel() for p in learner.parameters() if p.requires_grad)
+    say(f"{'probe' if args.probe else args.task}{' by ' + args.method if args.task == 'pretrain' else ''}: {args.model} on {args.data}, "
+        f"{len(train_set)} images; {device.type} x {world.size}, {'bf16' if bf16 else 'fp32'}")
+    say(f"  parameters {sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}; effective batch {effective} "
+        f"({args.batch_size} x accum {args.accum} x {world.size} processes); base lr {args.blr:g} per 256, actual lr {lr:.3g}; "
+        f"steps {total_steps} ({steps_per_epoch} an epoch)")
+    baseline = None
+    if args.task == "pretrain":
+        some = val_set or train_set
+        baseline = patch_mean_loss(torch.stack([some[0, i][0] for i in range(min(256, len(some)))]), args.patch_size,
+                                   args.method == "mirl" or not args.raw_pixels).item()
+        say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
+    else:
+        names = {True: [], False: []}
+        for name, param in model.named_parameters():
+            names[param.requires_grad].append(name.split(".")[0])
+        table = "; ".join(f"{'trainable' if on else 'frozen'}: {', '.join(dict.fromkeys(names[on])) or 'nothing'}" for on in (True, False))
+        say(f"  {table}; pooling: {'class token, norm' if args.pool == 'cls' else 'mean of patch tokens, fc_norm'}")
+        if not args.init:
+            say("  no --init: " + ("probing the RANDOM encoder" if args.probe else "training from scratch"))
+
+    # where to start
+    first_epoch, step, loss_sum, loss_count, bad_steps, log_bytes = 0, 0, 0.0, 0, 0, 0
+    line = {}
+    if saved is not None:
+        try:
+            model.load_state_dict(saved["model"])
+            optimizer.load_state_dict(saved["optimizer"])
+            if ema:
+                ema.load_state_dict(saved["ema"])
+            first_epoch, step, line = saved["epoch"], saved["schedule"]["step"], saved["last_line"]
+            loss_sum, loss_count, bad_steps, log_bytes = (saved["counters"][key] for key in ("loss_sum", "loss_count", "bad_steps", "log_bytes"))
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+            raise ValueError(f"{checkpoint_path} does not fit this run ({str(error).strip().splitlines()[0]}); resume with the run's own "
+                             "model and flags") from None
+        if first_epoch == args.epochs:
+            say(f"  the run in {folder} is complete: {line}")
+            return {**line, "baseline": baseline}
+        say(f"  resumed at epoch {first_epoch}, step {step} of {total_steps}")
+    log = open(folder / "log.jsonl", "a") if main_rank else None
+    if log:
+        log.truncate(log_bytes)  # lines after the last checkpoint will be written again
+
+    def write(**entry):
+        if log:
+            log.write(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()}) + "\n")
+            log.flush()
+
+    def save(epoch):
+        if main_rank:
+            state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, args=vars(args), last_line=line,
+                         schedule=dict(step=step, total_steps=total_steps, lr=lr), rng=dict(seed=args.seed, step=step),
+                         counters=dict(loss_sum=loss_sum, loss_count=loss_count, bad_steps=bad_steps, log_bytes=log.tell()))
+            if ema:
+                state["ema"] = ema.state_dict()
+            save_checkpoint(checkpoint_path, state)
+
+    # the loop
+    learner.train()
+    last_save = time.monotonic()
+    bad_in_a_row = 0
+    for epoch in range(first_epoch, args.epochs):
+        train_batches.epoch, train_batches.start = epoch, (step - epoch * steps_per_epoch) * args.accum
+        batches = iter(loader)
+        bar = tqdm(range(step - epoch * steps_per_epoch, steps_per_epoch), desc=f"epoch {epoch + 1}/{args.epochs}", leave=False,
+                   disable=None if main_rank else True)
+        epoch_start, data_seconds, images_seen = time.monotonic(), 0.0, 0
+        for _ in bar:
+            now = lr_at(step, total_steps, warmup, lr, args.min_lr)
+            for group in optimizer.param_groups:
+                group["lr"] = now * group["lr_scale"]
+            waited = time.monotonic()
+            window = [[t.to(device, non_blocking=True) for t in batch] for batch in itertools.islice(batches, args.accum)]
+            data_seconds += time.monotonic() - waited
+            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + world.rank)  # drop path, mixup
+            verdict = {}
+
+            def closure():
+                optimizer.zero_grad()
+                loss = 0.0
+                for n, batch in enumerate(window, start=1):
+                    # gradients travel between processes once per step, with the last micro-batch
+                    with nullcontext() if world.size == 1 or n == len(window) else wrapped.no_sync():
+                        with autocast:
+                            part = objective(*batch) / len(window)  # the last window may be short: its own length
+                        part.backward()
+                    loss += part.item()
+                # one decision for all ranks: mean loss, anything non-finite, anyone asked to stop
+                total, bad, stopped = world.sum([loss, float(not math.isfinite(loss)), float(stop.signal is not None)])
+                verdict.update(loss=total / world.size, bad=bad > 0, stopped=stopped > 0)
+                if verdict["bad"]:
+                    optimizer.zero_grad()  # without gradients the step changes nothing
+                elif args.clip_grad:
+                    nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
+                return loss
+
+            optimizer.step(closure)
+            step += 1
+            images_seen += len(window) * args.batch_size * world.size
+            if verdict["bad"]:
+                bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
+                say(f"  non-finite loss at step {step}, lr {now:.3g}: step skipped ({bad_steps} so far)")
+                if bad_in_a_row == MAX_BAD_STEPS:
+                    raise SystemExit(f"train.py: the loss was not finite {MAX_BAD_STEPS} times in a row, last at step {step} with lr "
+                                     f"{now:.3g}; try a smaller --lr, more --warmup-epochs or --clip-grad 1")
+            else:
+                bad_in_a_row, loss_sum, loss_count = 0, loss_sum + verdict["loss"], loss_count + 1
+                if ema:
+                    ema.update_parameters(learner)
+            if step % LOG_EVERY == 0:
+                speed = images_seen / (time.monotonic() - epoch_start)
+                bar.set_postfix(loss=f"{verdict['loss']:.3f}", lr=f"{now:.1e}", img_s=f"{speed:.0f}")
+                write(step=step, loss=verdict["loss"], lr=now, img_s=speed)
+            if verdict["stopped"]:
+                save(epoch)
+                say(f"  stopped at step {step}; continue with --resume --output-dir {folder}")
+                raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+            if time.monotonic() - last_save > 60 * args.save_minutes:
+                save(epoch)
+                last_save = time.monotonic()
+
+        seconds = time.monotonic() - epoch_start
+        judged = ema.module if ema else learner
+        line = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / max(1, loss_count), lr=now if images_seen else 0.0,
+                    img_s=images_seen / seconds, data_share=data_seconds / seconds, bad_steps=bad_steps)
+        if val_loader:
+            line.update(evaluate(judged, val_loader, args, world, autocast))
+        if isinstance(source, Folder) and int(source.bad.sum()):
+            line["skipped_images"] = int(source.bad.sum())
+        write(**line)
+        say("  " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()))
+        if data_seconds > 0.3 * seconds and images_seen and not args.probe:
+            say(f"  loading takes {data_seconds / seconds:.0%} of the time: try more --workers")
+        if args.task == "pretrain" and main_rank:
+            some = [(val_set or train_set)[0, i] for i in range(min(6, len(val_set or train_set)))]
+            images, noise = (torch.stack([sample[k] for sample in some]).to(device) for k in (0, 2))
+            save_pictures(folder / "reconstruction.png", judged, images, noise, args, mean, std)
+        loss_sum, loss_count = 0.0, 0
+        save(epoch + 1)
+        last_save = time.monotonic()
+    if log:
+        log.close()
+    return {**line, "baseline": baseline}
+
+
+# ---------------------------------------------------------------------------- costs without training
+
+
+def dry_run(args, world):
+    """Parameters, multiply-adds, steps, memory and device-hours, from a forward pass without data or weights."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    known = {"shapes": (args.data_size, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100), "folder": (None, 1000)}
+    images, num_classes = known[args.data]
+    images = args.train_images or images
+    if images is None:
+        raise ValueError("--dry-run on a folder needs --train-images, the size of an epoch")
+    args.init = None
+    with torch.device("meta"):
+        model = build_model(args, num_classes)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept = {}
+
+        def keep(tensor):  # what autograd saves for the backward pass of one image
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = storage
+            return tensor
+
+        batch = torch.empty(1, model.encoder.in_chans if args.task == "pretrain" else model.in_chans, *args.img_size)
+        if args.probe:
+            model.eval()
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(batch, args.mask_ratio) if args.task == "pretrain" else model(batch)
+    macs = counter.get_total_flops() / 2
+    passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
+    effective = args.batch_size * args.accum * world.size
+    steps = args.epochs * math.ceil((images // (args.batch_size * world.size)) / args.accum)
+    if steps == 0:
+        raise ValueError(f"--batch-size {args.batch_size} is larger than the {images} training images")
+    total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    activations = args.batch_size * sum(s.nbytes() for s in kept.values())
+    seen = images if args.probe else steps * effective
+    print(f"model        {args.model}, {args.task}{' by ' + args.method if args.task == 'pretrain' else ''}, {args.img_size[0]}x{args.img_size[1]} px")
+    print(f"parameters   {total:,} ({trainable:,} trainable)")
+    print(f"multiply-adds {macs / 1e9:.3f} G per image, forward")
+    print(f"steps        {steps:,} of {effective} images, {args.epochs} epochs of {images:,}")
+    lr = args.lr if args.lr is not None else args.blr * effective / 256
+    print(f"lr           {lr:.3g} (base {args.blr:g} per 256)")
+    print(f"memory       about {(4 * total + 12 * trainable + activations) / 1e9:.1f} GB per device in fp32: weights, gradients, AdamW's moments, "
+          f"{activations / 1e9:.1f} GB of activations")
+    print(f"device-hours {2 * macs * passes * seen / (args.tflops * 1e12) / 3600:.4g} at {args.tflops:g} TFLOP/s")
+
+
+def check_installation():
+    """Versions, device, and whether torch and torchvision were built for each other."""
+    device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    print(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, device {device}")
+    try:
+        kept = torchvision.ops.nms(torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2.1]]), torch.tensor([0.9, 0.8]), 0.5)
+    except RuntimeError as error:
+        raise ValueError(f"torchvision does not fit torch ({str(error).splitlines()[0]}); install both in one command from the same "
+                         "index: pip install --force-reinstall torch torchvision") from None
+    print(f"torchvision.ops.nms works ({len(kept)} of 2 overlapping boxes kept)")
+
+
+# ---------------------------------------------------------------------------- command line
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __enter__(self):
+        self.before = {number: signal.signal(number, self.ask) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def ask(self, number, frame):
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal = number
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def prepare_folder(given, world):
+    """The output folder, checked; on --resume also the flags the run was started with."""
+    name, saved = given.get("output_dir"), {}
+    if given.get("resume"):
+        if name is None:
+            raise ValueError("--resume needs --output-dir, the folder of the run to continue")
+        if (Path(name) / "args.json").exists():
+            try:
+                saved = json.loads((Path(name) / "args.json").read_text())
+            except ValueError:
+                raise ValueError(f"{name}/args.json is not readable JSON; restore it or start afresh in another folder") from None
+            for key, value in given.items():
+                if key not in FREE_AT_RESUME and key in saved and not same_flag(saved[key], value):
+                    raise ValueError(f"--{key.replace('_', '-')} {value} differs from the run's own {saved[key]}; drop it or start a new run")
+            if "task" in given and saved["task"] is None:
+                raise ValueError(f"--task {given['task']} differs: the run in {name} was started without --task; drop it")
+    world.gather(None)  # nobody creates before everybody has looked
+    if name is None:
+        numbers = (Path("runs") / f"{n:04d}" for n in itertools.count(1))
+        folder = next(path for path in numbers if not path.exists()) if world.rank == 0 else None
+        folder = world.gather(folder)[0]
+    else:
+        folder = Path(name)
+        taken = [file for file in RUN_FILES if (folder / file).exists()]
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output-dir {name} is a file, not a folder")
+        if taken and not given.get("resume"):
+            raise ValueError(f"--output-dir {name} already holds a run ({taken[0]}); choose another folder or add --resume")
+    world.gather(None)
+    if world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot create --output-dir {folder}: {error.strerror}") from None
+    return folder, {**{k: v for k, v in saved.items() if k not in FREE_AT_RESUME}, **given}
+
+
+def same_flag(saved, given):
+    """img_size comes back as [H, W] where one number was given."""
+    if isinstance(given, list) and isinstance(saved, list) and len(given) == 1:
+        given = given * len(saved)
+    return saved == given
+
+
+def write_args(folder, args, task, world):
+    if world.rank == 0 and not (folder / "args.json").exists():
+        (folder / "args.json").write_text(json.dumps({**vars(args), "task": task}, indent=1) + "\n")
+
+
+def main(argv=None):
+    given = parse(argv)
+    try:
+        if given.get("check"):
+            return check_installation()
+        args = resolve({"task": "pretrain", **given})
+        world = World(given)
+        if args.dry_run:
+            return dry_run(args, world)
+        folder, given = prepare_folder(given, world)
+        task = given.get("task")
+        args = resolve({**given, "task": task or "pretrain"})
+        write_args(folder, args, task, world)
+        try:
+            with Stop() as stop:
+                result = run(args, world, folder, stop)
+                if task is None:
+                    probe_both(given, args, result, world, folder, stop)
+                else:
+                    world.say(f"done: everything is in {folder}/")
+        finally:
+            world.close()
+        return result
+    except ValueError as error:
+        # an error from a loading process comes as its traceback; the sentence is its last line
+        fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+
+
+def probe_both(given, args, result, world, folder, stop):
+    """After pre-training: what are the features worth, against those of the same encoder at initialisation?"""
+    accuracy = {}
+    for name, init in (("probe", str(folder / "checkpoint.pt")), ("probe_random", None)):
+        shared = {key: value for key, value in given.items() if key not in STAGE_FLAGS}
+        probe = resolve({**shared, "task": "classify", "probe": True, "init": init})
+        if world.rank == 0:
+            (folder / name).mkdir(exist_ok=True)
+        world.gather(None)
+        write_args(folder / name, probe, "classify", world)
+        accuracy[name] = run(probe, world, folder / name, stop)["val_acc"]
+    loss = result.get("val_loss", result["train_loss"])
+    world.say(f"""
+summary
+  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {result['baseline']:.3f})
+  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}
+                          {accuracy['probe_random']:.1f} %  same encoder at initialisation
+  pictures                {folder / 'reconstruction.png'}""")
+
+
+if __name__ == "__main__":
+    main()
