@@ -44,6 +44,8 @@ class MAE(nn.Module):
 
     def __init__(self, encoder, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True):
         super().__init__()
+        if decoder_embed_dim % decoder_num_heads:
+            raise ValueError(f"decoder_embed_dim {decoder_embed_dim} is not a multiple of decoder_num_heads {decoder_num_heads}")
         encoder.prepare_for_masking()
         self.encoder, self.norm_pix_loss = encoder, norm_pix_loss
         num_patches = encoder.grid_size[0] * encoder.grid_size[1]
@@ -52,8 +54,6 @@ class MAE(nn.Module):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))
         table = sincos_pos_embed(decoder_embed_dim, *encoder.grid_size)
         self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
-        if decoder_embed_dim % decoder_num_heads:
-            raise ValueError(f"decoder_embed_dim {decoder_embed_dim} is not a multiple of decoder_num_heads {decoder_num_heads}")
         self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-6)
         self.decoder_pred = nn.Linear(decoder_embed_dim, encoder.patch_size**2 * encoder.in_chans)

@@ -57,8 +57,8 @@ def num_visible(num_patches, mask_ratio):
         raise ValueError(f"mask_ratio {mask_ratio} must lie in [0, 1)")
     keep = int(num_patches * (1 - mask_ratio))
     if keep < 1:
-        raise ValueError(f"mask_ratio {mask_ratio} leaves none of {num_patches} patches visible; "
-                         f"at most {1 - 1 / num_patches:.3g} does")
+        most = math.floor((1 - 1 / num_patches - 1e-9) * 1000) / 1000  # rounded down, so that it does work
+        raise ValueError(f"mask_ratio {mask_ratio} leaves none of {num_patches} patches visible; use at most {most}")
     return keep
 
 
@@ -71,9 +71,10 @@ def choose_patches(imgs, img_size, patch_size, mask_ratio, noise=None, mask=None
         raise ValueError(f"images are {imgs.shape[-2]}x{imgs.shape[-1]}, the model pre-trains at img_size "
                          f"{img_size[0]}x{img_size[1]}; resize them or build the encoder for their size")
     batch, num_patches = len(imgs), (img_size[0] // patch_size) * (img_size[1] // patch_size)
-    for name, given in (("noise", noise), ("mask", mask)):
-        if given is not None and given.flatten(1).shape != (batch, num_patches):
-            raise ValueError(f"{name} {tuple(given.shape)} must be (B, N) = ({batch}, {num_patches})")
+    flat, grid = (batch, num_patches), (batch, img_size[0] // patch_size, img_size[1] // patch_size)
+    for name, given, shapes in (("noise", noise, [flat]), ("mask", mask, [flat, grid])):
+        if given is not None and tuple(given.shape) not in shapes:
+            raise ValueError(f"{name} {tuple(given.shape)} must be {' or '.join(map(str, shapes))}")
     if mask is not None:
         return split_by_mask(mask.to(imgs.device))
     if noise is None:
@@ -171,6 +172,8 @@ def block_mask(batch, grid, mask_ratio, generator=None, min_block=4, max_aspect=
 
 def mask_from_image(picture, patch_size, threshold=0.5):
     """A drawn mask (B, H, W) in [0, 1], 1 = remove -> (B, gh, gw): patches at least `threshold` covered."""
+    if picture.shape[-2] % patch_size or picture.shape[-1] % patch_size:
+        raise ValueError(f"picture {tuple(picture.shape)} has sides that are no multiple of patch_size {patch_size}")
     return F.avg_pool2d(picture[:, None].float(), patch_size)[:, 0] >= threshold
 
 

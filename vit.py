@@ -286,7 +286,7 @@ class ViT(nn.Module):
             cls = cls + pos[:, :1] if prefix else None
         if ids_keep is not None:
             x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
-        return x if cls is None else torch.cat([cls.expand(len(x), -1, -1).to(x.dtype), x], dim=1)
+        return x if cls is None else torch.cat([cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
     def forward_blocks(self, x, start=0, stop=None):
         """Blocks start .. stop-1: (B, N, D) -> (B, N, D)."""

@@ -3,7 +3,8 @@ import torch
 
 from mae import MAE
 from masking import block_mask, enlarge_mask, masked_loss, normalize_patches, patchify, random_mask, split_by_noise
-from vit import ViT, create_vit
+from shapes import shapes
+from vit import ViT
 
 SIZES = dict(img_size=(16, 24), patch_size=4, embed_dim=32, depth=2, num_heads=4)  # 4 x 6 patches
 
@@ -258,20 +259,19 @@ def test_a_refused_decoder_leaves_the_encoder_as_it_was():
 
 def test_it_overfits_a_few_images():
     torch.manual_seed(0)
-    phase, angle = 6.3 * torch.rand(2, 16, 3, 1, 1)
-    y, x = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
-    imgs = 0.5 + 0.5 * torch.sin(0.5 * (x * angle.cos() + y * angle.sin()) + phase)
-    model = MAE(create_vit("vit_demo", depth=2, embed_dim=48), decoder_embed_dim=48, decoder_depth=1, decoder_num_heads=2)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.95))
+    model = MAE(ViT(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4), decoder_embed_dim=48, decoder_depth=1,
+                decoder_num_heads=2)
+    imgs = shapes(16)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     losses = []
-    for _ in range(250):
+    for _ in range(120):
         loss = model(imgs).loss
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    assert sum(losses[:5]) / 5 > 0.9  # guessing each patch's mean scores 0.98
-    assert sum(losses[-10:]) / 10 < 0.5
+    assert losses[0] > 1  # guessing each patch's mean scores 0.98
+    assert sum(losses[-10:]) / 10 < 0.55
 
 
 def test_bf16_autocast_gives_a_float32_loss_close_to_the_exact_one():
