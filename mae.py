@@ -125,8 +125,8 @@ if __name__ == "__main__":
     save_grid("mae_demo.png", {
         "input: all true pixels": imgs[:6],
         "model's view: true pixels, grey hidden": hide(imgs[:6], out.mask, 4),
-        "prediction: no true pixels": pred.clamp(0, 1),
-        "true where visible, else predicted": paste(imgs[:6], pred, out.mask, 4).clamp(0, 1),
-        "prediction with TRUE patch statistics": leaky.clamp(0, 1),
+        "prediction: no true pixels": hide(pred, 1 - out.mask, 4),  # at visible patches it was never trained: grey
+        "true where visible, else predicted": paste(imgs[:6], pred, out.mask, 4),
+        "prediction with TRUE patch statistics": hide(leaky, 1 - out.mask, 4),
     })
     print("saved mae_demo.png")

@@ -24,7 +24,7 @@ code's behaviour; numbers agree with it (tests/golden/mirl_*). Written from the 
 differ: any even K that divides the depth (the release is fixed to 6 and its 12-block
 presets do not run), x~ is always patch-normalised as in the release whatever its flag says.
 Needs: torch, einops; vit.py, masking.py (and shapes.py for the demo).
-Demo: python mirl.py (30 s on a CPU) overfits 16 scenes and saves mirl_demo.png.
+Demo: python mirl.py (half a minute on a CPU) overfits 16 scenes and saves mirl_demo.png.
 """
 
 import re
@@ -177,10 +177,11 @@ class MIRL(nn.Module):
         return MIRLOutput(torch.stack(losses).mean(), preds, split.mask, losses)
 
     @torch.no_grad()
-    def reconstruct(self, imgs, mask_ratio=0.75, noise=None, mask=None, use_true_patch_statistics=False):
+    def reconstruct(self, imgs, mask_ratio=0.75, noise=None, mask=None, use_true_patch_statistics=False, center=False):
         """For pictures: a list of K / 2 Reconstructions of images (B, C, H, W); no true pixel in any.
 
-        Normalised predictions need each patch's mean and std back. By default they are guessed from the
+        center=True moves what (6) leaves undetermined: the residual's mean over the batch, at each hidden
+        position, goes to the main component. The sum is the same, and the residual shows what it adds. Normalised predictions need each patch's mean and std back. By default they are guessed from the
         visible neighbours; use_true_patch_statistics=True takes the true ones, which LEAK part of the answer.
         """
         out = self(imgs, mask_ratio, noise, mask)
@@ -192,6 +193,10 @@ class MIRL(nn.Module):
         rows = []
         for j in range(self.segments // 2):
             main, residual = out.pred[j].float(), out.pred[-1 - j].float()
+            if center:
+                hidden = out.mask[..., None]
+                constant = (residual * hidden).sum(dim=0) / hidden.sum(dim=0).clamp(min=1)  # (N, P)
+                main, residual = main + constant, residual - constant
             rows.append(Reconstruction(picture(main * std + mean), picture(residual * std), picture((main + residual) * std + mean)))
         return rows
 
@@ -256,13 +261,15 @@ if __name__ == "__main__":
         main, residual, whole = (y - y.mean(dim=0) for y in (main, residual, target))
         print(f"pair {j + 1}: error of main alone {masked_loss(main, whole, out.mask):.2f}, of main + residual "
               f"{masked_loss(main + residual, whole, out.mask):.2f} (expect the sum to be better)")
-    pair = model.reconstruct(imgs[:6], noise=noise[:6])[0]
-    save_grid("mirl_demo.png", {
-        "input: all true pixels": imgs[:6],
-        "model's view: true pixels, grey hidden": hide(imgs[:6], out.mask[:6], 4),
-        "main, segment 1: no true pixels": pair.main.clamp(0, 1),
-        "residual, segment 4: grey is zero": (pair.residual + 0.5).clamp(0, 1),
-        "sum: no true pixels": pair.sum.clamp(0, 1),
-        "true where visible, else sum": paste(imgs[:6], pair.sum, out.mask[:6], 4).clamp(0, 1),
-    })
+    pair = model.reconstruct(imgs, noise=noise, center=True)[1]  # segments 2 and 3
+    asked = 1 - out.mask  # predictions at visible patches were never trained: leave them grey
+    columns = {
+        "input: all true pixels": imgs,
+        "model's view: true pixels, grey hidden": hide(imgs, out.mask, 4),
+        "main, segment 2: no true pixels": hide(pair.main, asked, 4),
+        "residual, segment 3: grey is zero": hide(pair.residual + 0.5, asked, 4),
+        "sum of both: no true pixels": hide(pair.sum, asked, 4),
+        "true where visible, else the sum": paste(imgs, pair.sum, out.mask, 4),
+    }
+    save_grid("mirl_demo.png", {caption: pictures[:6] for caption, pictures in columns.items()})
     print("saved mirl_demo.png")

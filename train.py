@@ -63,7 +63,10 @@ DEFAULTS = {
         cutmix=0.0, check=False),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
     "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
-    "probe": dict(epochs=50, batch_size=256, blr=1e-2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
+    "probe": dict(epochs=50, batch_size=256, blr=0.2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
+    # python train.py: 16 tokens an image and 64 channels, so that 12 blocks learn something within a minute on two cores
+    "tour": dict(patch_size=8, embed_dim=64, num_heads=2, mask_ratio=0.5, epochs=8, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
+                 beta2=0.95),
 }
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
@@ -140,7 +143,7 @@ def parse(argv=None):
     flag("--cutmix", "alpha, 0 is off; with both, one of them per batch", type=float)
     flag("--pool", "what the classifier reads", choices=("mean", "cls"))
     flag("--probe", "freeze all but the head; the features are computed once, without augmentation", **switch)
-    flag("--init", "checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL")
+    flag("--init", "checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, MIRL")
     flag("--seed", "", type=int)
     flag("--workers", "loading processes; default none on a CPU, up to 8 on a GPU", type=int)
     flag("--output-dir", "default a fresh folder under runs/")
@@ -157,12 +160,14 @@ def parse(argv=None):
 
 def resolve(given):
     """Given flags -> all flags, checked. ValueError in one sentence."""
-    args = argparse.Namespace(**{**DEFAULTS["all"], **given})
-    if args.probe and args.task != "classify":
+    tour = given.get("task") is None  # pre-train, then probe
+    if given.get("probe") and given.get("task") != "classify":
         raise ValueError("--probe goes with --task classify")
-    stage = DEFAULTS["probe" if args.probe else args.task]
-    for key, value in stage.items():
-        setattr(args, key, given.get(key, value))
+    stage = "tour" if tour else "probe" if given.get("probe") else given["task"]
+    if tour and "model" in given:
+        stage = "pretrain"  # somebody else's model: no sizes of ours
+    args = argparse.Namespace(**{**DEFAULTS["all"], **DEFAULTS[stage], **given})
+    args.task = args.task or "pretrain"
     for key in ("batch_size", "accum", "epochs", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
@@ -391,17 +396,23 @@ def save_pictures(path, model, images, noise, args, mean, std):
     """Reconstructions of a few validation images; the captions say which pixels are true."""
     model.eval()
     out = model(images, args.mask_ratio, noise)
-    reconstruction = model.reconstruct(images, args.mask_ratio, noise)
     mean, std = (torch.tensor(s, device=images.device).view(-1, 1, 1) for s in (mean, std))
+    grey = (0.5 - mean) / std
+
+    def hidden_only(pictures):  # predictions at visible patches are not trained: grey
+        return torch.where(hide(torch.ones_like(pictures), 1 - out.mask, args.patch_size, 0.0) > 0, pictures, grey)
+
     columns = {"input: all true pixels": images,
-               "model's view: true pixels, grey hidden": hide(images, out.mask, args.patch_size, 0.0)}
+               "model's view: true pixels, grey hidden": torch.where(
+                   hide(torch.ones_like(images), out.mask, args.patch_size, 0.0) > 0, images, grey)}
     if args.method == "mae":
-        columns["prediction: no true pixels"] = whole = reconstruction
+        whole = model.reconstruct(images, args.mask_ratio, noise)
+        columns["prediction: no true pixels"] = hidden_only(whole)
     else:
-        main, residual, whole = reconstruction[0]
-        columns["main, first segment: no true pixels"] = main
-        columns["residual, last segment: grey is zero"] = residual - mean / std + 0.5 / std
-        columns["sum: no true pixels"] = whole
+        main, residual, whole = model.reconstruct(images, args.mask_ratio, noise, center=True)[0]
+        columns["main, first segment: no true pixels"] = hidden_only(main)
+        columns["residual, last segment: grey is zero"] = hidden_only(residual + grey)
+        columns["sum of both: no true pixels"] = hidden_only(whole)
     columns["true where visible, else predicted"] = paste(images, whole, out.mask, args.patch_size)
     save_grid(path, {name: (column * std + mean).clamp(0, 1).cpu() for name, column in columns.items()})
     model.train()
@@ -628,7 +639,8 @@ def run(args, world, folder, stop):
         if isinstance(source, Folder) and int(source.bad.sum()):
             line["skipped_images"] = int(source.bad.sum())
         write(**line)
-        say("  " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()))
+        if not args.probe or (epoch + 1) % max(1, args.epochs // 5) == 0:  # a probe's epochs are short
+            say("  " + ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in line.items()))
         if data_seconds > 0.3 * seconds and images_seen and not args.probe:
             say(f"  loading takes {data_seconds / seconds:.0%} of the time: try more --workers")
         if args.task == "pretrain" and main_rank:
@@ -650,11 +662,12 @@ def dry_run(args, world):
     """Parameters, multiply-adds, steps, memory and device-hours, from a forward pass without data or weights."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    known = {"shapes": (args.data_size, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100), "folder": (None, 1000)}
+    known = {"shapes": (args.data_size, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100), "folder": (1_281_167, 1000)}
     images, num_classes = known[args.data]
-    images = args.train_images or images
-    if images is None:
-        raise ValueError("--dry-run on a folder needs --train-images, the size of an epoch")
+    if args.data == "folder" and args.data_path and Path(args.data_path).is_dir():
+        source = Folder(args.data_path, train=True)
+        images, num_classes = len(source), len(source.classes)
+    images = args.train_images or images  # without either: ImageNet-1k
     args.init = None
     with torch.device("meta"):
         model = build_model(args, num_classes)
@@ -781,13 +794,13 @@ def main(argv=None):
     try:
         if given.get("check"):
             return check_installation()
-        args = resolve({"task": "pretrain", **given})
+        args = resolve(given)
         world = World(given)
         if args.dry_run:
             return dry_run(args, world)
         folder, given = prepare_folder(given, world)
         task = given.get("task")
-        args = resolve({**given, "task": task or "pretrain"})
+        args = resolve(given)
         write_args(folder, args, task, world)
         try:
             with Stop() as stop:
@@ -808,8 +821,9 @@ def probe_both(given, args, result, world, folder, stop):
     """After pre-training: what are the features worth, against those of the same encoder at initialisation?"""
     accuracy = {}
     for name, init in (("probe", str(folder / "checkpoint.pt")), ("probe_random", None)):
+        sizes = {key: getattr(args, key) for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
         shared = {key: value for key, value in given.items() if key not in STAGE_FLAGS}
-        probe = resolve({**shared, "task": "classify", "probe": True, "init": init})
+        probe = resolve({**shared, **sizes, "task": "classify", "probe": True, "init": init})
         if world.rank == 0:
             (folder / name).mkdir(exist_ok=True)
         world.gather(None)

@@ -1,0 +1,374 @@
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data as module
+import train
+from data import (AUGMENTATIONS, EvalBatches, FitSize, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle, make_loader,
+                  open_source, seeded)
+from shapes import Shapes
+
+CPU = torch.device("cpu")
+
+
+def write_folder(root, parts=("train", "val"), sizes=((32, 32),), kinds=("cat", "dog"), each=4, mode="RGB", suffix="png"):
+    """Random images in root/part/kind/n.suffix; sizes (H, W) take turns."""
+    rng = np.random.default_rng(0)
+    for part in parts:
+        for kind in kinds:
+            (root / part / kind).mkdir(parents=True)
+            for n in range(each):
+                height, width = sizes[n % len(sizes)]
+                pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+                Image.fromarray(pixels).convert(mode).save(root / part / kind / f"{n}.{suffix}")
+    return root
+
+
+def collect(dataset, batches, workers):
+    return [(images, labels, noise) for images, labels, noise in make_loader(dataset, batches, workers, CPU)]
+
+
+# ---------------------------------------------------------------------------- randomness
+
+
+def test_seeded_draws_depend_on_the_three_numbers_alone():
+    def draw(*key):
+        with seeded(*key):
+            return torch.rand(8), torch.randperm(8)
+
+    torch.manual_seed(3)
+    first = draw(1, 2, 3)
+    torch.manual_seed(4)
+    assert all(torch.equal(a, b) for a, b in zip(first, draw(1, 2, 3)))
+    others = [draw(*key)[0] for key in ((2, 2, 3), (1, 3, 3), (1, 2, 4), (1, 2, -1), (3, 2, 1), (2, 1, 3))]
+    assert all(not torch.equal(first[0], other) for other in others)
+
+
+def test_neighbouring_keys_do_not_share_random_streams():
+    keys = [(s, e, i) for s in range(4) for e in range(6) for i in range(-1, 60)]
+    draws = []
+    for key in keys:
+        with seeded(*key):
+            draws.append(torch.rand(()).item())
+    assert len(set(draws)) > 0.999 * len(keys)
+    assert abs(np.corrcoef(draws[:-1], draws[1:])[0, 1]) < 0.1
+
+
+def test_seeded_leaves_the_global_generator_where_it_was_even_after_an_error():
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    with seeded(0, 0, 0):
+        torch.rand(3)
+    with pytest.raises(KeyError), seeded(0, 0, 0):
+        torch.rand(3)
+        raise KeyError
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loading_leaves_every_global_generator_alone(workers):
+    source = Shapes(8)
+    dataset = Images(source, augmentation("strong", (32, 32), source.mean, source.std), noise_size=4)
+    batches, loader_batches = TrainBatches(8, 4, seed=0), EvalBatches(8, 4)
+    torch.manual_seed(1), np.random.seed(1), random.seed(1)
+    states = torch.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()
+    list(batches), collect(dataset, batches, workers), collect(dataset, loader_batches, workers)
+    assert torch.equal(states[0], torch.get_rng_state())
+    assert (states[1] == np.random.get_state()[1]).all() and states[2] == random.getstate()
+
+
+def test_two_workers_load_what_the_main_process_loads():
+    source = Shapes(16)
+    dataset = Images(source, augmentation("strong", (32, 32), source.mean, source.std), seed=3, noise_size=5)
+    batches = TrainBatches(16, 4, seed=3)
+    batches.epoch = 2
+    for here, there in zip(collect(dataset, batches, 0), collect(dataset, batches, 2), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(here, there))
+
+
+# ---------------------------------------------------------------------------- order
+
+
+def test_an_epoch_takes_every_index_once_and_the_next_in_another_order():
+    batches = TrainBatches(24, 4, seed=0)
+    orders = []
+    for epoch in range(3):
+        batches.epoch = epoch
+        keys = [key for batch in batches for key in batch]
+        assert len(list(batches)) == len(batches) == 6
+        assert all(e == epoch for e, _ in keys)
+        orders.append([index for _, index in keys])
+        assert sorted(orders[-1]) == list(range(24))
+    assert orders[0] != orders[1] != orders[2] != orders[0]
+    assert orders[0] == [index for batch in TrainBatches(24, 4, seed=0) for _, index in batch]
+    assert orders[0] != [index for batch in TrainBatches(24, 4, seed=1) for _, index in batch]
+
+
+def test_the_incomplete_last_batch_is_dropped():
+    assert [len(batch) for batch in TrainBatches(23, 4, seed=0)] == [4] * 5
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_ranks_share_each_global_batch_of_one_process(world):
+    whole = list(TrainBatches(26, 4 * world, seed=5))
+    shares = [list(TrainBatches(26, 4, seed=5, rank=rank, world=world)) for rank in range(world)]
+    for step, batch in enumerate(whole):
+        assert [key for share in shares for key in share[step]] == batch
+    assert {len(share) for share in shares} == {len(whole)}
+
+
+def test_start_skips_batches_without_moving_the_others():
+    batches = TrainBatches(20, 4, seed=0)
+    whole = list(batches)
+    batches.start = 3
+    assert list(batches) == whole[3:]
+    batches.start = 5
+    assert list(batches) == []
+
+
+def test_a_batch_larger_than_the_set_is_refused_with_the_way_out():
+    with pytest.raises(ValueError, match="at most 10"):
+        TrainBatches(21, 11, seed=0, world=2)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_evaluation_covers_21_samples_exactly_once(world):
+    ranks = [EvalBatches(21, 4, rank, world) for rank in range(world)]
+    keys = [key for batches in ranks for batch in batches for key in batch]
+    assert sorted(keys) == [(0, i) for i in range(21)]
+    assert all(len(list(batches)) == len(batches) for batches in ranks)
+
+
+def test_a_rank_may_have_nothing_to_evaluate():
+    assert list(EvalBatches(1, 4, rank=1, world=2)) == []
+
+
+# ---------------------------------------------------------------------------- augmentations
+
+
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 65), (16, 16)])
+def test_every_augmentation_gives_the_same_normalised_image_for_the_same_key(name, size):
+    source = Shapes(4, img_size=40)
+    dataset = Images(source, augmentation(name, size, source.mean, source.std), seed=1, noise_size=3)
+    torch.manual_seed(0)
+    image, label, noise = dataset[0, 2]
+    assert image.shape == (3, *size) and image.dtype == torch.float32 and image.isfinite().all()
+    assert label == source[2][1] and noise.shape == (3,)
+    torch.manual_seed(1)
+    again, _, same_noise = dataset[0, 2]
+    assert torch.equal(image, again) and torch.equal(noise, same_noise)
+    later = dataset[1, 2]
+    assert not torch.equal(noise, later[2])
+    assert torch.equal(image, later[0]) == (name == "none")
+
+
+def test_the_mask_noise_does_not_hang_on_the_augmentation():
+    source = Shapes(4)
+    noises = [Images(source, augmentation(name, (32, 32), source.mean, source.std), noise_size=6)[1, 3][2] for name in AUGMENTATIONS]
+    assert all(torch.equal(noises[0], noise) for noise in noises)
+
+
+def test_no_augmentation_normalises_by_hand():
+    image = torch.full((3, 32, 32), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
+    out = augmentation("none", (32, 32), (0.1, 0.2, 0.3), (0.5, 0.5, 0.1))(image)
+    torch.testing.assert_close(out[:, 0, 0], torch.tensor([0.2, 0.0, -1.0]))
+
+
+def test_an_image_of_another_size_is_resized_to_8_7_and_cropped_in_the_centre():
+    gradient = torch.arange(256).expand(3, 256, 256).to(torch.uint8)  # value = column
+    out = FitSize((224, 224))(gradient)
+    assert torch.equal(out, gradient[:, 16:240, 16:240])
+    assert FitSize((32, 48))(torch.zeros(3, 100, 60, dtype=torch.uint8)).shape == (3, 32, 48)
+
+
+def test_pad_crop_moves_an_image_by_at_most_an_eighth():
+    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
+    image[:, 16, 16] = 255
+    places = set()
+    for i in range(60):
+        with seeded(0, 0, i):
+            out = augmentation("padcrop", (32, 32), (0, 0, 0), (1, 1, 1))(image)
+        y, x = out[0].nonzero()[0].tolist()
+        places.add((y, min(abs(x - 16), abs(x - 15))))  # 15: flipped
+    assert {abs(y - 16) for y, _ in places} == set(range(5)) and max(x for _, x in places) == 4
+
+
+def test_an_unknown_augmentation_names_the_known_ones():
+    with pytest.raises(ValueError, match="none, padcrop, mae"):
+        augmentation("magic", (32, 32), (0, 0, 0), (1, 1, 1))
+
+
+# ---------------------------------------------------------------------------- folders
+
+
+@pytest.mark.parametrize("second", ["val", "test"])
+def test_a_folder_may_call_its_second_half_val_or_test(tmp_path, second):
+    write_folder(tmp_path, ("train", second))
+    assert len(open_source("folder", str(tmp_path), True, (32, 32))) == 8
+    half = open_source("folder", str(tmp_path), False, (32, 32))
+    assert [half[i][1] for i in range(8)] == [0] * 4 + [1] * 4 and half.classes == ["cat", "dog"]
+
+
+@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("L", "jpg"), ("RGB", "jpg"), ("RGB", "JPEG"),
+                                          ("RGB", "webp"), ("RGB", "bmp"), ("CMYK", "jpg"), ("1", "png")])
+def test_files_of_any_kind_become_three_channels_of_bytes(tmp_path, mode, suffix):
+    source = Folder(str(write_folder(tmp_path, mode=mode, suffix=suffix)), train=True)
+    image, _ = source[0]
+    assert image.shape == (3, 32, 32) and image.dtype == torch.uint8
+    if mode in ("L", "LA", "1"):
+        assert torch.equal(image[0], image[1]) and torch.equal(image[0], image[2])
+    wanted = np.asarray(Image.open(source.samples[0][0]).convert("RGB"), dtype=np.int32)
+    assert np.abs(image.permute(1, 2, 0).numpy().astype(np.int32) - wanted).mean() < 3  # decoders round differently
+
+
+def test_a_png_of_16_bits_keeps_its_brightness(tmp_path):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        Image.fromarray(np.full((32, 32), 0x8000, dtype=np.uint16)).save(tmp_path / part / "cat" / "0.png")
+    source = Folder(str(tmp_path), train=True)
+    for _ in range(2):  # read from the file, then from the cache
+        out = augmentation("none", (32, 32), (0, 0, 0), (1, 1, 1))(source[0][0])
+        torch.testing.assert_close(out, torch.full((3, 32, 32), 0.5), atol=0.01, rtol=0)
+        source.cache([0], progress=False)
+
+
+def test_cached_images_equal_the_files(tmp_path):
+    plain, cached = (Folder(str(write_folder(tmp_path / name)), train=True) for name in "ab")
+    assert cached.cache([5, 1, 2], progress=False)
+    for path, _ in cached.samples:  # what is cached is not read again
+        open(path, "wb").close()
+    for i in (5, 1, 2):
+        assert torch.equal(plain[i][0], cached[i][0]) and plain[i][1] == cached[i][1]
+    with pytest.raises(ValueError, match="cannot read image"):
+        cached[0]
+
+
+def test_images_of_mixed_sizes_are_not_cached_and_still_load(tmp_path):
+    source = Folder(str(write_folder(tmp_path, sizes=((32, 32), (40, 60)))), train=True)
+    assert not source.cache(list(range(8)), progress=False)
+    assert source[0][0].shape == (3, 32, 32) and source[1][0].shape == (3, 40, 60)
+    dataset = Images(source, augmentation("mae", (32, 32), source.mean, source.std))
+    assert collect(dataset, EvalBatches(8, 8), 0)[0][0].shape == (8, 3, 32, 32)
+
+
+def test_images_too_many_for_the_memory_are_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "CACHE_BYTES", 8 * 32 * 32 * 3 - 1)
+    source = Folder(str(write_folder(tmp_path)), train=True)
+    assert not source.cache(list(range(8)), progress=False) and source.cache(list(range(7)), progress=False)
+
+
+def break_one(root):
+    path = root / "train" / "cat" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:-200])  # a download that stopped early: the header is whole
+    return path
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # torch clears failed workers away in 10 s
+def test_a_truncated_jpeg_stops_with_its_path_or_is_replaced_and_counted(tmp_path, workers):
+    path = break_one(write_folder(tmp_path, suffix="jpg", sizes=((64, 64),)))
+    source = Folder(str(tmp_path), train=True)
+    with pytest.raises(ValueError, match=f"cannot read image {path}"):
+        collect(Images(source, augmentation("none", (64, 64), source.mean, source.std)), EvalBatches(8, 4), workers)
+    source = Folder(str(tmp_path), train=True, skip_bad=True)
+    images, labels, _ = collect(Images(source, augmentation("none", (64, 64), source.mean, source.std)), EvalBatches(8, 8), workers)[0]
+    assert source.bad.nonzero().flatten().tolist() == [2]  # counted here, wherever it was read
+    assert torch.equal(images[2], images[3]) and labels.tolist() == [0] * 4 + [1] * 4
+
+
+def test_skipping_bad_images_works_in_the_cache_too(tmp_path):
+    break_one(write_folder(tmp_path, suffix="jpg", sizes=((64, 64),)))
+    source = Folder(str(tmp_path), train=True, skip_bad=True)
+    assert source.cache(list(range(8)), progress=False)
+    assert int(source.bad.sum()) == 1 and torch.equal(source[2][0], source[3][0])
+
+
+def test_a_set_of_nothing_but_broken_images_is_an_error_not_a_loop(tmp_path):
+    write_folder(tmp_path, each=1, kinds=("cat",))
+    (tmp_path / "train/cat/0.png").write_bytes(b"junk")
+    with pytest.raises(ValueError, match="none of the 1 images"):
+        Folder(str(tmp_path), train=True, skip_bad=True)[0]
+
+
+@pytest.mark.parametrize("parts, message", [((), "train"), (("val",), "train")])
+def test_a_folder_without_its_parts_is_refused(tmp_path, parts, message):
+    with pytest.raises(ValueError, match=message):
+        open_source("folder", str(write_folder(tmp_path, parts)), True, (32, 32))
+
+
+def test_cifar_that_is_not_there_is_not_downloaded(tmp_path):
+    for name in ("cifar10", "cifar100"):
+        with pytest.raises(ValueError, match="--download"):
+            open_source(name, str(tmp_path), True, (32, 32))
+    assert not list(tmp_path.iterdir())
+
+
+def test_cifar_gives_bytes_and_labels(tmp_path, monkeypatch):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+
+    class Fake:
+        def __init__(self, root, train, download):
+            self.data, self.targets, self.classes = pixels, [3, 1, 4, 1, 5], [str(i) for i in range(10)]
+    monkeypatch.setattr(module.datasets, "CIFAR10", Fake)
+    source = open_source("cifar10", str(tmp_path), True, (32, 32))
+    image, label = source[2]
+    assert label == 4 and image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels[2]).permute(2, 0, 1))
+    assert len(source.mean) == len(source.std) == 3 and len(source) == 5 and len(source.classes) == 10
+
+
+# ---------------------------------------------------------------------------- subsets and statistics
+
+
+def test_subsets_are_nested_and_do_not_depend_on_any_seed():
+    torch.manual_seed(0)
+    small = first_of_shuffle(100, 10)
+    torch.manual_seed(1)
+    large = first_of_shuffle(100, 30)
+    assert large[:10] == small and len(set(large)) == 30 and small != list(range(10))
+    for count in (0, -1, 101):
+        with pytest.raises(ValueError, match="1..100"):
+            first_of_shuffle(100, count)
+
+
+def test_a_subset_trains_on_its_own_images_alone():
+    source = Shapes(20)
+    dataset = Images(source, augmentation("none", (32, 32), (0, 0, 0), (1, 1, 1)), indices=first_of_shuffle(20, 4))
+    assert len(dataset) == 4
+    for row, i in enumerate(first_of_shuffle(20, 4)):
+        torch.testing.assert_close(dataset[0, row][0], source[i][0].float() / 255)
+
+
+def test_channel_statistics_match_the_hand_computed_ones():
+    black, white = torch.zeros(3, 4, 4, dtype=torch.uint8), torch.full((3, 4, 4), 255, dtype=torch.uint8)
+    white[2] = 51
+    mean, std = channel_statistics([(black, 0), (white, 1)])
+    assert mean == pytest.approx((0.5, 0.5, 0.1)) and std == pytest.approx((0.5, 0.5, 0.1))
+    mean, _ = channel_statistics([(black[:, :1], 0), (white, 1)])  # 4 black pixels, 16 white: every pixel counts once
+    assert mean == pytest.approx((0.8, 0.8, 0.16))
+
+
+def test_the_statistics_of_a_constant_set_do_not_divide_by_zero():
+    mean, std = channel_statistics([(torch.full((3, 4, 4), 77, dtype=torch.uint8), 0)] * 3)
+    out = augmentation("none", (4, 4), mean, std)(torch.full((3, 4, 4), 77, dtype=torch.uint8))
+    assert out.isfinite().all()
+
+
+def test_shapes_carries_its_own_statistics():
+    source = Shapes(1000)
+    mean, std = channel_statistics(source)
+    assert mean == pytest.approx(source.mean, abs=0.02) and std == pytest.approx(source.std, abs=0.02)
+
+
+def test_the_stats_flag_measures_instead(tmp_path, monkeypatch):
+    used = []
+    real = train.augmentation
+    monkeypatch.setattr(train, "augmentation", lambda name, size, mean, std: used.append((mean, std)) or real(name, size, mean, std))
+    flags = "--task classify --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --data-size 16 --batch-size 8 --epochs 1".split()
+    for name, more in (("own", []), ("measured", ["--stats"])):
+        train.main([*flags, *more, "--output-dir", str(tmp_path / name)])
+    source = Shapes(16)
+    assert used[0] == used[1] == (source.mean, source.std)
+    assert used[2] == used[3] == channel_statistics(source)

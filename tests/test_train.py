@@ -1,0 +1,902 @@
+import json
+import math
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import default_collate
+from torchvision.transforms.functional import to_pil_image
+
+import train
+from data import Images, TrainBatches, augmentation, open_source
+from shapes import Shapes
+from vit import create_vit
+
+ROOT = Path(train.__file__).resolve().parent
+MODEL = "--embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
+TINY = f"{MODEL} --data-size 64 --batch-size 8 --epochs 2"
+PRETRAIN = f"--task pretrain --segments 2 {TINY}"
+CLASSIFY = f"--task classify {TINY}"
+TIMING = ("img_s", "data_share")  # the only entries of a log that two equal runs may differ in
+FLAT = "--lr 0.05 --min-lr 0.05 --warmup-epochs 0 --weight-decay 0"  # a constant learning rate
+
+
+def start(flags, folder=None):
+    """Train in this process."""
+    return train.main([*flags.split(), *(["--output-dir", str(folder)] if folder else [])])
+
+
+def command(flags, script=None):
+    return [sys.executable, str(script or ROOT / "train.py"), *flags.split()]
+
+
+def environment():
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+
+
+def torchrun(arguments, cwd, limit=120):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={port}", *arguments],
+                          cwd=cwd, env=environment(), capture_output=True, text=True, timeout=limit)
+
+
+def checkpoint(folder):
+    return torch.load(Path(folder) / "checkpoint.pt", weights_only=True)
+
+
+def log(folder, without=TIMING):
+    lines = [json.loads(line) for line in (Path(folder) / "log.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in without} for line in lines]
+
+
+def assert_same_bits(a, b):
+    assert a.keys() == b.keys()
+    different = [name for name in a if not torch.equal(a[name], b[name])]
+    assert not different, f"{len(different)} of {len(a)} tensors differ, first {different[0]}"
+
+
+def assert_close(a, b, tolerance):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=tolerance, msg=lambda text: f"{name}: {text}")
+
+
+def on_each_loss(monkeypatch, act):
+    """Call act(number, model, loss) at every micro-batch, counted from 1; a returned tensor replaces the loss."""
+    make, count = train.make_objective, [0]
+
+    def make_objective(model, args):
+        objective = make(model, args)
+
+        def wrapped(*batch):
+            count[0] += 1
+            loss = objective(*batch)
+            other = act(count[0], model, loss)
+            return loss if other is None else other
+        return wrapped
+    monkeypatch.setattr(train, "make_objective", make_objective)
+
+
+class Killed(BaseException):
+    pass
+
+
+def kill_at_save(monkeypatch, number, after):
+    """Ends the run as a kill would, just before or after the number-th checkpoint is written."""
+    real, count = train.save_checkpoint, [0]
+
+    def save_checkpoint(path, state):
+        count[0] += 1
+        if count[0] == number and not after:
+            raise Killed
+        real(path, state)
+        if count[0] == number:
+            raise Killed
+    monkeypatch.setattr(train, "save_checkpoint", save_checkpoint)
+
+
+# ---------------------------------------------------------------------------- a run and what it leaves behind
+
+
+@pytest.fixture(scope="module")
+def default_run(tmp_path_factory):
+    """The run without --task, small, in a fresh working directory."""
+    folder, old = tmp_path_factory.mktemp("default"), os.getcwd()
+    os.chdir(folder)
+    try:
+        start(f"--segments 2 {MODEL} --data-size 256 --batch-size 32 --epochs 2")
+    finally:
+        os.chdir(old)
+    return folder / "runs" / "0001"
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pretrained")
+    start(PRETRAIN, folder)
+    return folder
+
+
+def test_a_run_without_flags_leaves_what_the_design_promises(default_run):
+    names = {path.name for path in default_run.iterdir()}
+    assert names == {"args.json", "log.jsonl", "checkpoint.pt", "reconstruction.png", "probe", "probe_random"}
+    args = json.loads((default_run / "args.json").read_text())
+    assert args["task"] is None and args["embed_dim"] == 32 and args["seed"] == 0
+    epochs = [line for line in log(default_run) if "epoch" in line]
+    assert [line["epoch"] for line in epochs] == [1, 2]
+    assert all(math.isfinite(line[key]) for line in epochs for key in ("train_loss", "val_loss", "lr"))
+    steps = [line for line in log(default_run, without=()) if "epoch" not in line]
+    assert steps and all({"step", "loss", "lr", "img_s"} <= line.keys() for line in steps)
+    saved = checkpoint(default_run)
+    assert all(isinstance(name, str) and torch.is_tensor(value) for name, value in saved["model"].items())
+    assert {"optimizer", "schedule", "rng", "epoch", "args"} <= saved.keys() and type(saved["args"]) is dict
+    assert (default_run / "reconstruction.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("probe", "probe_random"):
+        assert all("val_acc" in line for line in log(default_run / name) if "epoch" in line)
+
+
+def test_the_default_run_ends_with_a_summary_and_numbers_its_folders(default_run, monkeypatch, capsys):
+    monkeypatch.chdir(default_run.parents[1])
+    start(f"--segments 2 {MODEL} --data-size 256 --batch-size 64 --epochs 1")
+    out, folder = capsys.readouterr().out, Path("runs/0002")  # 0001 is taken
+    summary = out[out.index("summary"):]
+    percent = [float(p) for p in re.findall(r"([\d.]+) %", summary)]
+    assert percent == [pytest.approx(log(folder / name)[-1]["val_acc"], abs=0.051) for name in ("probe", "probe_random")]
+    losses = [float(p) for p in re.findall(r"\d+\.\d{3}", summary)]
+    assert losses[0] == pytest.approx(log(folder)[-1]["val_loss"], abs=6e-4) and 0.9 < losses[1] < 1.1
+    assert str(folder / "reconstruction.png") in summary
+
+
+def test_a_set_too_small_for_the_probes_batch_still_gets_its_summary(tmp_path, capsys):
+    start(f"--segments 2 {TINY}", tmp_path)  # 64 scenes, and the probe's default batch is 256
+    assert "summary" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_python_train_py_works_on_a_fresh_clone_in_about_a_minute(tmp_path):
+    begin = time.monotonic()
+    done = subprocess.run(command(""), cwd=tmp_path, capture_output=True, text=True, timeout=400)
+    seconds = time.monotonic() - begin
+    assert done.returncode == 0, done.stderr
+    summary = done.stdout[done.stdout.index("summary"):]
+    loss, baseline = map(float, re.findall(r"\d+\.\d{3}", summary)[:2])
+    probe, random = map(float, re.findall(r"([\d.]+) %", summary))
+    assert loss < baseline and probe > random + 5
+    assert seconds < 200  # 100 s on two free cores
+
+
+def test_it_says_device_precision_parameters_batch_lr_steps_and_baseline(tmp_path, capsys):
+    start(f"{PRETRAIN} --blr 0.004", tmp_path)
+    out = capsys.readouterr().out
+    count = sum(value.numel() for value in checkpoint(tmp_path)["model"].values())
+    assert "cpu" in out and "fp32" in out and f"{count:,}" in out
+    assert re.search(r"effective batch 8\b", out) and "actual lr 0.000125" in out  # 0.004 * 8 / 256
+    assert re.search(r"steps 16\b", out)
+    assert 0.9 < float(re.search(r"predicting the mean of each hidden patch scores ([\d.]+)", out)[1]) < 1.1
+
+
+def test_the_effective_batch_counts_accumulation(tmp_path, capsys):
+    start(f"{PRETRAIN} --blr 0.004 --accum 4", tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"effective batch 32\b", out) and "actual lr 0.0005;" in out  # 0.004 * 32 / 256
+    assert re.search(r"steps 4\b", out)
+
+
+def test_the_first_epoch_already_beats_the_patch_mean(tmp_path):
+    result = start("--task pretrain --embed-dim 64 --depth 4 --num-heads 2 --segments 2 --data-size 2048 --batch-size 32 "
+                   "--epochs 1 --lr 2e-3", tmp_path)
+    assert result["val_loss"] < result["baseline"] - 0.05
+
+
+def test_a_tiny_vit_memorises_64_images(tmp_path):
+    start(f"--task classify {MODEL} --data-size 64 --batch-size 32 --epochs 70 --augment none --lr 3e-3", tmp_path)
+    args = train.resolve(train.parse(f"--task classify {MODEL} --augment none".split()))
+    model = train.build_model(args, 10)
+    model.load_state_dict(checkpoint(tmp_path)["model"])
+    source = Shapes(64)
+    images, labels, _ = default_collate([Images(source, augmentation("none", (32, 32), source.mean, source.std))[0, i] for i in range(64)])
+    with torch.no_grad():
+        assert (model.eval()(images).argmax(1) == labels).float().mean() > 0.95
+
+
+def test_bfloat16_on_a_cpu_trains_like_float32(tmp_path):
+    losses = [start(f"{PRETRAIN} --epochs 1 --precision {p}", tmp_path / p)["train_loss"] for p in ("fp32", "bf16")]
+    assert losses[0] != losses[1] and losses[0] == pytest.approx(losses[1], rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [f"{PRETRAIN} --epochs 1", f"{CLASSIFY} --epochs 1"])
+def test_compiled_training_gives_the_same_loss(tmp_path, flags):
+    eager, compiled = (start(f"{flags} {more}", tmp_path / f"c{more}") for more in ("", "--compile"))
+    assert eager["train_loss"] == pytest.approx(compiled["train_loss"], abs=1e-4)
+    assert checkpoint(tmp_path / "c")["model"].keys() == checkpoint(tmp_path / "c--compile")["model"].keys()
+
+
+def test_check_prints_versions_and_ends_well(capsys):
+    assert not train.main(["--check"])
+    out = capsys.readouterr().out
+    assert torch.__version__ in out and "torchvision" in out and "nms works" in out
+
+
+# ---------------------------------------------------------------------------- interrupted and resumed
+
+MIXED = f"{CLASSIFY} --drop-path 0.3 --mixup 0.8 --cutmix 1.0 --label-smoothing 0.1 --ema 0.9 --layer-decay 0.8 --clip-grad 1"
+REFERENCES = {}
+
+
+def uninterrupted(flags, tmp_path_factory):
+    if flags not in REFERENCES:
+        REFERENCES[flags] = tmp_path_factory.mktemp("whole")
+        start(flags, REFERENCES[flags])
+    return REFERENCES[flags]
+
+
+# 8 steps an epoch and a save after each: saves 1 to 8 are steps, 9 is the end of epoch 1, 18 the end of the run.
+# With --accum 3 an epoch has 3 steps, so save 4 is the end of epoch 1.
+@pytest.mark.parametrize("number, after", [(3, True), (8, True), (9, False), (9, True), (13, True), (17, True), (18, False)])
+@pytest.mark.parametrize("flags", [PRETRAIN, MIXED])
+def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, tmp_path_factory, monkeypatch, flags, number, after):
+    whole = uninterrupted(flags, tmp_path_factory)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_save(patch, number, after)
+        start(f"{flags} --save-minutes 0", tmp_path)
+    start("--resume", tmp_path)
+    assert_same_bits(checkpoint(tmp_path)["model"], checkpoint(whole)["model"])
+    if "ema" in flags:
+        assert_same_bits(checkpoint(tmp_path)["ema"], checkpoint(whole)["ema"])
+    assert log(tmp_path) == log(whole)
+
+
+@pytest.mark.parametrize("flags, number, workers", [(f"{MIXED} --accum 3", 2, 0), (f"{PRETRAIN} --method mae --accum 3", 5, 2), (MIXED, 5, 2)])
+def test_accumulation_and_workers_resume_to_the_same_bits(tmp_path, tmp_path_factory, monkeypatch, flags, number, workers):
+    whole = uninterrupted(flags, tmp_path_factory)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_save(patch, number, True)
+        start(f"{flags} --save-minutes 0 --workers {workers}", tmp_path)
+    start(f"--resume --workers {2 - workers}", tmp_path)  # another number of workers is fine
+    assert_same_bits(checkpoint(tmp_path)["model"], checkpoint(whole)["model"])
+    assert log(tmp_path) == log(whole)
+
+
+def test_kill_9_with_workers_and_resume_gives_the_same_bits(tmp_path):
+    flags = f"{PRETRAIN} --epochs 8"
+    run = subprocess.Popen(command(f"{flags} --save-minutes 0 --workers 2 --output-dir {tmp_path / 'cut'}"), cwd=tmp_path,
+                           env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    written = tmp_path / "cut" / "log.jsonl"
+    limit = time.monotonic() + 60
+    while not (written.exists() and '"epoch"' in written.read_text()) and time.monotonic() < limit and run.poll() is None:
+        time.sleep(0.01)
+    assert run.poll() is None, "the run ended before it could be killed"
+    os.killpg(run.pid, signal.SIGKILL)
+    run.wait()
+    assert 1 <= checkpoint(tmp_path / "cut")["schedule"]["step"] < 64
+    start(f"--resume --workers 0 {flags}", tmp_path / "cut")  # the run's own flags may be repeated
+    start(flags, tmp_path / "whole")
+    assert_same_bits(checkpoint(tmp_path / "cut")["model"], checkpoint(tmp_path / "whole")["model"])
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_says_how_to_go_on_and_loses_nothing(tmp_path, tmp_path_factory, monkeypatch, capsys, number, code):
+    whole = uninterrupted(PRETRAIN, tmp_path_factory)
+    handlers = [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        on_each_loss(patch, lambda n, model, loss: os.kill(os.getpid(), number) if n == 11 else None)
+        start(PRETRAIN, tmp_path)
+    assert end.value.code == code
+    assert handlers == [signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)]
+    assert checkpoint(tmp_path)["schedule"]["step"] == 11
+    out = capsys.readouterr().out
+    assert "stopped at step 11" in out and f"--resume --output-dir {tmp_path}" in out
+    start("--resume", tmp_path)
+    assert "step 11 of 16" in capsys.readouterr().out
+    assert_same_bits(checkpoint(tmp_path)["model"], checkpoint(whole)["model"])
+    assert log(tmp_path) == log(whole)
+
+
+def test_a_default_run_killed_in_its_probe_is_resumed_there(tmp_path, default_run, monkeypatch, capsys):
+    flags = f"--segments 2 {MODEL} --data-size 256 --batch-size 32 --epochs 2"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at_save(patch, 12, True)  # 2 epochs of pre-training, then the probe's tenth
+        start(flags, tmp_path)
+    assert checkpoint(tmp_path / "probe")["epoch"] == 10
+    start("--resume", tmp_path)
+    assert "summary" in capsys.readouterr().out
+    for part in ("", "probe", "probe_random"):
+        assert_same_bits(checkpoint(tmp_path / part)["model"], checkpoint(default_run / part)["model"])
+        assert log(tmp_path / part) == log(default_run / part)
+
+
+def test_a_default_run_stopped_in_its_probe_names_the_folder_that_resumes_all(tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        on_each_loss(patch, lambda n, model, loss: os.kill(os.getpid(), signal.SIGTERM) if n == 20 else None)
+        start(f"--segments 2 {MODEL} --data-size 256 --batch-size 32 --epochs 2", tmp_path)
+    out = capsys.readouterr().out
+    assert re.search(r"--resume --output-dir (\S+)", out)[1] == str(tmp_path)
+
+
+def test_a_complete_run_resumes_to_nothing(tmp_path, capsys):
+    start(PRETRAIN, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    capsys.readouterr()
+    start("--resume", tmp_path)
+    assert "complete" in capsys.readouterr().out
+    assert before == {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+
+def test_resume_in_an_empty_folder_starts_afresh(tmp_path, tmp_path_factory):
+    start(f"{PRETRAIN} --resume", tmp_path)
+    assert_same_bits(checkpoint(tmp_path)["model"], checkpoint(uninterrupted(PRETRAIN, tmp_path_factory))["model"])
+
+
+def test_the_seed_decides_and_the_number_of_workers_does_not(tmp_path, tmp_path_factory):
+    for flags in (PRETRAIN, MIXED):
+        whole = checkpoint(uninterrupted(flags, tmp_path_factory))["model"]
+        name = "mixed" if flags is MIXED else "pretrain"
+        start(f"{flags} --workers 2", tmp_path / name)
+        assert_same_bits(whole, checkpoint(tmp_path / name)["model"])
+    start(f"{PRETRAIN} --seed 1", tmp_path / "other")
+    whole = checkpoint(uninterrupted(PRETRAIN, tmp_path_factory))["model"]
+    other = checkpoint(tmp_path / "other")["model"]
+    assert not torch.equal(whole["encoder.blocks.0.attn.qkv.weight"], other["encoder.blocks.0.attn.qkv.weight"])
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, tmp_path_factory, monkeypatch):
+    real, count = torch.save, [0]
+
+    def save(state, file, *args, **kwargs):
+        count[0] += 1
+        if count[0] < 2:
+            return real(state, file, *args, **kwargs)
+        file.write(b"half a checkpoint") if hasattr(file, "write") else Path(file).write_bytes(b"half a checkpoint")
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(torch, "save", save)
+        start(PRETRAIN, tmp_path)
+    assert "No space left on device" in str(end.value.code) and "checkpoint.pt" in str(end.value.code)  # a text means exit code 1
+    assert "\n" not in str(end.value.code)
+    assert checkpoint(tmp_path)["epoch"] == 1
+    assert not list(tmp_path.glob("*.tmp*"))
+    start("--resume", tmp_path)
+    assert_same_bits(checkpoint(tmp_path)["model"], checkpoint(uninterrupted(PRETRAIN, tmp_path_factory))["model"])
+
+
+@pytest.mark.parametrize("flags, named", [
+    ("--depth 4", "--depth"), ("--lr 0.1", "--lr"), ("--seed 3", "--seed"), ("--epochs 5", "--epochs"), ("--img-size 64", "--img-size"),
+    ("--method mae", "--method"), ("--task classify", "--task"), ("--accum 2", "--accum"), ("--probe", "--probe"),
+    ("--data-size 128", "--data-size"), ("--mask-ratio 0.5", "--mask-ratio")])
+def test_resuming_with_another_flag_is_an_error_that_names_it(pretrained, capsys, flags, named):
+    before = {path.name: path.read_bytes() for path in pretrained.iterdir()}
+    with pytest.raises(SystemExit) as end:
+        start(f"--resume {flags}", pretrained)
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and named in err and err.count("\n") == 1
+    assert before == {path.name: path.read_bytes() for path in pretrained.iterdir()}
+
+
+# ---------------------------------------------------------------------------- accumulation
+
+
+def test_accumulated_micro_batches_step_like_one_big_batch(tmp_path):
+    flags = f"--task classify {MODEL} --data-size 64 --epochs 1 --optimizer sgd {FLAT}"
+    big, small = tmp_path / "big", tmp_path / "small"
+    start(f"{flags} --batch-size 16", big)
+    start(f"{flags} --batch-size 4 --accum 4", small)
+    assert_close(checkpoint(big)["model"], checkpoint(small)["model"], 2e-6)
+    assert log(big)[-1]["train_loss"] == pytest.approx(log(small)[-1]["train_loss"], abs=2e-6)
+
+
+def test_one_accumulated_step_is_the_gradient_of_the_big_batch(tmp_path):
+    flags = f"--task classify {MODEL} --data-size 16 --batch-size 4 --accum 4 --epochs 1 --optimizer sgd {FLAT}"
+    start(flags, tmp_path)
+    model, window = by_hand(flags)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    images, labels = next(window(16))
+    F.cross_entropy(model(images), labels).backward()
+    after = checkpoint(tmp_path)["model"]
+    for name, param in model.named_parameters():
+        torch.testing.assert_close((before[name] - after[name]) / 0.05, param.grad, rtol=0, atol=1e-5)
+
+
+def by_hand(flags):
+    """The model as the run starts it, and its batches of any size in the run's own order."""
+    args = train.resolve(train.parse(flags.split()))
+    source = open_source("shapes", None, True, (32, 32), args.data_size)
+    data = Images(source, augmentation(args.augment, (32, 32), source.mean, source.std), args.seed)
+    torch.manual_seed(args.seed)
+    model = train.build_model(args, 10)
+    keys = [key for batch in TrainBatches(args.data_size, 1, args.seed) for key in batch]
+
+    def windows(*sizes):
+        for n in sizes:
+            images, labels, _ = default_collate([data[key] for key in keys[:n]])
+            del keys[:n]
+            yield images, labels
+    return model, windows
+
+
+def test_a_short_last_window_averages_over_its_own_length(tmp_path):
+    flags = f"--task classify {MODEL} --data-size 20 --batch-size 4 --accum 4 --epochs 1 --optimizer sgd {FLAT}"
+    start(flags, tmp_path)  # 5 batches: a window of 4 and one of 1
+    model, windows = by_hand(flags)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    for images, labels in windows(16, 4):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    assert_close(dict(model.state_dict()), checkpoint(tmp_path)["model"], 2e-6)
+
+
+# ---------------------------------------------------------------------------- schedule, groups, average
+
+
+@pytest.mark.parametrize("step, min_lr, expected", [(0, 0, 0), (5, 0, 0.5), (10, 0, 1), (55, 0, 0.5), (100, 0, 0), (55, 0.1, 0.55), (100, 0.1, 0.1),
+                                                    (40, 0, 0.75)])  # cos(pi / 3) = 1/2
+def test_the_learning_rate_matches_hand_computed_values(step, min_lr, expected):
+    assert train.lr_at(step, 100, 10, 1.0, min_lr) == pytest.approx(expected)
+
+
+def test_without_warmup_the_first_step_has_the_full_learning_rate():
+    assert train.lr_at(0, 10, 0, 0.3, 0.0) == pytest.approx(0.3)
+
+
+def test_layer_decay_and_weight_decay_groups_match_the_hand_computed_ones():
+    args = train.resolve(train.parse(f"--task classify {MODEL} --layer-decay 0.5 --weight-decay 0.3".split()))
+    model = train.build_model(args, 10)
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {}
+    for group in train.param_groups(model, args):
+        for p in group["params"]:
+            assert names[id(p)] not in seen
+            seen[names[id(p)]] = (group["lr_scale"], group["weight_decay"])
+    assert seen.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert seen["patch_embed.proj.weight"] == (0.125, 0.3)  # 0.5 ** 3
+    assert seen["cls_token"] == (0.125, 0.0) and seen["pos_embed"] == (0.125, 0.0)
+    assert seen["blocks.0.attn.qkv.weight"] == (0.25, 0.3)
+    assert seen["blocks.1.mlp.fc1.weight"] == (0.5, 0.3)
+    assert seen["blocks.1.norm1.weight"] == (0.5, 0.0)
+    assert seen["head.weight"] == (1.0, 0.3) and seen["head.bias"] == (1.0, 0.0)
+    assert seen["fc_norm.weight"] == (1.0, 0.0)
+    assert all(decay == 0 for name, (_, decay) in seen.items() if name.endswith("bias") or "norm" in name)
+
+
+def test_the_weight_average_matches_hand_computed_values():
+    update = train.ema_update(0.9)
+    for step, expected in ((0, 1.9), (8, 1.5), (10_000, 1.1)):  # d = 0.1, 9/18, and the limit 0.9
+        average, count = torch.tensor([1.0]), torch.tensor(3)
+        update([average, count], [torch.tensor([2.0]), torch.tensor(4)], torch.tensor(step))
+        assert average.item() == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------------------- non-finite losses
+
+
+def test_a_non_finite_loss_is_skipped_and_counted(tmp_path, monkeypatch, capsys):
+    weights = {}
+
+    def act(number, model, loss):
+        weights[number] = {name: value.clone() for name, value in model.state_dict().items()}
+        return loss * math.nan if number in (3, 4) else loss * math.inf if number == 11 else None
+
+    on_each_loss(monkeypatch, act)
+    start(PRETRAIN, tmp_path)
+    for number in range(2, 16):  # weights[n] are those with which loss n was computed
+        moved = any(not torch.equal(weights[number][name], weights[number + 1][name]) for name in weights[number])
+        assert moved == (number not in (3, 4, 11))
+    epochs = [line for line in log(tmp_path) if "epoch" in line]
+    assert [line["bad_steps"] for line in epochs] == [2, 3]
+    assert all(math.isfinite(line["train_loss"]) for line in epochs)
+    assert "non-finite loss at step 3" in capsys.readouterr().out
+    assert all(value.isfinite().all() for value in checkpoint(tmp_path)["model"].values())
+
+
+def test_non_finite_losses_in_a_row_stop_the_run_with_step_and_lr(tmp_path, monkeypatch):
+    on_each_loss(monkeypatch, lambda number, model, loss: loss * math.nan if number > 8 else None)
+    with pytest.raises(SystemExit) as end:
+        start(f"{PRETRAIN} {FLAT}", tmp_path)
+    message = str(end.value.code)
+    assert f"step {8 + train.MAX_BAD_STEPS}" in message and "lr 0.05" in message and "\n" not in message
+    assert checkpoint(tmp_path)["epoch"] == 1  # what was good is kept
+
+
+# ---------------------------------------------------------------------------- probes and starting weights
+
+
+def test_a_probe_changes_the_head_and_nothing_else(pretrained, tmp_path, capsys):
+    flags = f"--task classify --probe {TINY} --init {pretrained / 'checkpoint.pt'}"
+    start(flags, tmp_path)
+    out = capsys.readouterr().out
+    assert "trainable: head" in out and "frozen: cls_token, pos_embed, patch_embed, blocks" in out and "mean of patch tokens" in out
+    assert "RANDOM" not in out
+    before, after = checkpoint(pretrained)["model"], checkpoint(tmp_path)["model"]
+    shared = [name for name in after if f"encoder.{name}" in before]
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.mlp.fc2.bias"} <= set(shared)
+    assert all(torch.equal(after[name], before[f"encoder.{name}"]) for name in shared)
+    torch.manual_seed(0)
+    fresh = train.build_model(train.resolve(train.parse(flags.split())), 10).state_dict()
+    changed = {name for name in after if not torch.equal(after[name], fresh[name])}
+    assert changed and all(name.startswith("head.") for name in changed)
+
+
+def test_a_probe_without_init_says_that_the_encoder_is_random(tmp_path, capsys):
+    start(f"--task classify --probe --pool cls {TINY}", tmp_path)
+    out = capsys.readouterr().out
+    assert "RANDOM" in out and "class token" in out
+
+
+def test_a_probe_with_the_fine_tuning_flags_still_runs(tmp_path):
+    start(f"--task classify --probe {TINY} --label-smoothing 0.1 --drop-path 0.1 --ema 0.9", tmp_path)
+
+
+def test_a_probe_refuses_mixup_or_mixes_features_but_does_not_crash(tmp_path, capsys):
+    try:
+        start(f"--task classify --probe {TINY} --mixup 0.8 --cutmix 1.0", tmp_path)
+    except SystemExit as end:
+        assert end.code == 2 and "mixup" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags", [
+    "--task pretrain --method mae", "--task pretrain --method mirl --segments 2", "--task pretrain --method mirl --segments 2 --checkpointing",
+    "--task classify --pool mean", "--task classify --pool cls", "--task classify --probe"])
+def test_every_trainable_tensor_gets_a_gradient(flags):
+    args = train.resolve(train.parse(f"{flags} {MODEL}".split()))
+    args.num_classes = 10
+    torch.manual_seed(0)
+    model = train.build_model(args, 10)
+    train.make_objective(model, args)(torch.randn(4, 3, 32, 32), torch.arange(4), torch.rand(4, 16)).backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert not without
+    frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
+    assert not frozen
+
+
+def test_init_from_our_own_pretraining_at_another_image_size_resizes_the_positions(pretrained, tmp_path, capsys):
+    start(f"--task classify --probe {TINY} --img-size 48 32 --init {pretrained / 'checkpoint.pt'}", tmp_path)
+    assert "pos_embed 4x4 -> 6x4" in capsys.readouterr().out
+    assert checkpoint(tmp_path)["model"]["pos_embed"].shape == (1, 25, 32)
+
+
+def test_init_from_a_file_in_maes_layout(tmp_path, capsys):
+    import argparse
+    encoder = create_vit("vit_demo", embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=0).state_dict()
+    decoder = {"mask_token": torch.zeros(1, 1, 16), "decoder_embed.weight": torch.zeros(16, 32), "decoder_pred.weight": torch.zeros(192, 16)}
+    torch.save({"model": {**encoder, **decoder}, "args": argparse.Namespace(model="mae_vit"), "epoch": 3}, tmp_path / "mae.pth")
+    start(f"--task classify --probe {TINY} --init {tmp_path / 'mae.pth'}", tmp_path / "run")
+    assert "[MAE]" in capsys.readouterr().out
+    after = checkpoint(tmp_path / "run")["model"]
+    assert all(torch.equal(after[name], value) for name, value in encoder.items() if name in after and not name.startswith("norm."))
+
+
+# ---------------------------------------------------------------------------- dry runs and recipes
+
+
+def dry_run(flags, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    start(f"{flags} --dry-run")
+    assert not list(tmp_path.iterdir())
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, expected", [
+    ("--model vit_b16 --task classify --img-size 224 --data folder --train-images 1281167", "17.564 G"),
+    ("--model vit_b16 --task pretrain --method mae --img-size 224 --decoder-embed-dim 512 --decoder-depth 8 --decoder-num-heads 16 --data cifar10",
+     "9.781 G")])
+def test_a_dry_run_prints_the_golden_multiply_adds_and_touches_nothing(tmp_path, capsys, monkeypatch, flags, expected):
+    out = dry_run(flags, capsys, tmp_path, monkeypatch)
+    assert expected in out
+    for word in ("parameters", "steps", "memory", "device-hours"):
+        assert word in out
+
+
+def test_a_dry_run_counts_steps_and_device_hours_by_hand(tmp_path, capsys, monkeypatch):
+    flags = "--task classify --model vit_b16 --data folder --data-path /nowhere --train-images 1000 --batch-size 16 --accum 4 --epochs 3 --tflops 50"
+    out = dry_run(flags, capsys, tmp_path, monkeypatch)
+    assert re.search(r"steps +48 of 64 images", out)  # 62 batches, 16 windows (the last one short), 3 epochs
+    hours = float(re.search(r"device-hours ([\d.e-]+)", out)[1])
+    assert hours == pytest.approx(2 * 17.564e9 * 3 * 3 * 992 / 50e12 / 3600, rel=0.05)  # 992 images an epoch
+
+
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.txt")) or [pytest.param(None, marks=pytest.mark.skip("no recipes"))],
+                         ids=lambda path: path.stem if path else "none")
+def test_every_recipe_passes_a_dry_run(tmp_path, capsys, monkeypatch, recipe):
+    assert "multiply-adds" in dry_run(f"@{recipe}", capsys, tmp_path, monkeypatch)
+
+
+def test_a_recipe_takes_comments_and_several_flags_a_line_and_later_flags_win(tmp_path, capsys):
+    recipe = tmp_path / "r.txt"
+    recipe.write_text(f"# a comment\n\n--task classify --img-size 32 64   # rectangles too\n{TINY}\n--epochs 7 --seed 5\n")
+    given = train.parse([f"@{recipe}", "--epochs", "1"])
+    assert given["img_size"] == [32, 64] and given["epochs"] == 1 and given["seed"] == 5 and given["task"] == "classify"
+
+
+# ---------------------------------------------------------------------------- bad input
+
+
+@pytest.fixture(scope="module")
+def litter(tmp_path_factory, pretrained):
+    """A working directory with everything a newcomer can point a flag at by mistake."""
+    folder = tmp_path_factory.mktemp("litter")
+    whole = (pretrained / "checkpoint.pt").read_bytes()
+    (folder / "good.pt").write_bytes(whole)
+    (folder / "junk.pt").write_bytes(bytes(range(256)) * 40)
+    (folder / "truncated.pt").write_bytes(whole[:len(whole) // 2])
+    torch.save({"model": create_vit("vit_demo", embed_dim=48, depth=2, num_heads=2, patch_size=8, num_classes=0).state_dict()}, folder / "other.pt")
+    torch.save({"model": {"fc.weight": torch.zeros(3, 3)}}, folder / "resnet.pt")
+    torch.save({"model": Path("x")}, folder / "code.pt")
+    (folder / "a_file").write_text("hello")
+    (folder / "held").mkdir()
+    (folder / "held" / "checkpoint.pt").write_bytes(whole)
+    (folder / "args_only").mkdir()
+    (folder / "args_only" / "args.json").write_text("{}")
+    (folder / "bad_json").mkdir()
+    (folder / "bad_json" / "args.json").write_text("{")
+    (folder / "empty").mkdir()
+    for name in ("no_classes/train", "no_classes/val", "no_images/train/cat", "no_images/val/cat"):
+        (folder / name).mkdir(parents=True)
+    images = Shapes(12).images
+    for data in ("mixed", "broken", "classes_differ", "no_val"):
+        for part in ("train", "val") if data != "no_val" else ("train",):
+            for i, kind in enumerate(("cat", "dog") if (data, part) != ("classes_differ", "val") else ("cat", "fox")):
+                path = folder / data / part / kind
+                path.mkdir(parents=True)
+                for n in range(6):  # of mixed sizes, so that nothing is decoded before training starts
+                    image = images[6 * i + n]
+                    to_pil_image(image[:, :, :28] if n % 2 and data == "broken" else image).save(path / f"{n}.png")
+    whole = (folder / "broken/train/dog/4.png").read_bytes()
+    (folder / "broken/train/dog/4.png").write_bytes(whole[:60])
+    (folder / "empty_recipe.txt").write_text("--no-such-flag 3\n")
+    return folder
+
+
+def inventory(folder):
+    return {str(path): path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+BAD = [  # flags, a word of the message
+    (f"{PRETRAIN} --img-size 36", "36"),
+    (f"{PRETRAIN} --img-size 0", "img"),
+    (f"{PRETRAIN} --img-size -32", "img"),
+    (f"{PRETRAIN} --img-size 32 32 32", "img-size"),
+    (f"{PRETRAIN} --img-size", "img-size"),
+    (f"{PRETRAIN} --img-size 16", "16"),
+    (f"{PRETRAIN} --num-heads 5", "num_heads"),
+    (f"{PRETRAIN} --embed-dim 30", "30"),
+    (f"{PRETRAIN} --segments 5", "segments"),
+    (f"{PRETRAIN} --depth 4 --segments 6", "segments"),
+    (f"{PRETRAIN} --depth 3", "segments"),
+    (f"{PRETRAIN} --segments 0", "segments"),
+    (f"{PRETRAIN} --decoder-embed-dim 33 --decoder-num-heads 2", "33"),
+    (f"{PRETRAIN} --decoder-num-heads 0", "decoder"),
+    (f"{PRETRAIN} --decoder-embed-dim 0", "decoder"),
+    (f"{PRETRAIN} --decoder-embed-dim -8", "decoder"),
+    (f"{PRETRAIN} --mask-ratio 1.0", "mask"),
+    (f"{PRETRAIN} --mask-ratio -0.1", "mask"),
+    (f"{PRETRAIN} --mask-ratio 0.999", "mask"),
+    (f"{PRETRAIN} --mask-ratio nan", "mask"),
+    (f"{PRETRAIN} --model vit_enormous", "vit_enormous"),
+    (f"{PRETRAIN} --learning-rate 3", "learning-rate"),
+    (f"{PRETRAIN} --method simclr", "simclr"),
+    (f"{PRETRAIN} --task dance", "dance"),
+    (f"{PRETRAIN} --lr -0.1", "lr"),
+    (f"{PRETRAIN} --lr nan", "lr"),
+    (f"{PRETRAIN} --blr inf", "blr"),
+    (f"{PRETRAIN} --lr fast", "lr"),
+    (f"{PRETRAIN} --batch-size 0", "batch-size"),
+    (f"{PRETRAIN} --batch-size -3", "batch-size"),
+    (f"{PRETRAIN} --batch-size 65", "65"),
+    (f"{PRETRAIN} --accum 0", "accum"),
+    (f"{PRETRAIN} --accum 9", "accum"),
+    (f"{PRETRAIN} --epochs 0", "epochs"),
+    (f"{PRETRAIN} --data-size 0", "data-size"),
+    (f"{PRETRAIN} --data-size 99999999999", "99999999999"),
+    (f"{PRETRAIN} --train-images 65", "train-images"),
+    (f"{PRETRAIN} --train-images 0", "train-images"),
+    (f"{PRETRAIN} --train-images -1", "train-images"),
+    (f"{PRETRAIN} --weight-decay -1", "weight-decay"),
+    (f"{PRETRAIN} --warmup-epochs -1", "warmup-epochs"),
+    (f"{PRETRAIN} --clip-grad 0", "clip-grad"),
+    (f"{PRETRAIN} --beta2 1.5", "beta2"),
+    (f"{PRETRAIN} --workers -1", "workers"),
+    (f"{PRETRAIN} --seed -1", "seed"),
+    (f"{PRETRAIN} --seed 99999999999999999999", "seed"),
+    (f"{CLASSIFY} --seed 99999999999999", "seed"),
+    (f"{CLASSIFY} --drop-path 1", "drop-path"),
+    (f"{CLASSIFY} --ema 1", "ema"),
+    (f"{CLASSIFY} --label-smoothing 1", "label-smoothing"),
+    (f"{PRETRAIN} --probe", "probe"),
+    (f"--probe {TINY}", "probe"),
+    (f"{PRETRAIN} --data folder", "data-path"),
+    (f"{PRETRAIN} --data folder --data-path nowhere", "nowhere"),
+    (f"{PRETRAIN} --data folder --data-path a_file", "a_file"),
+    (f"{PRETRAIN} --data folder --data-path empty", "empty"),
+    (f"{PRETRAIN} --data folder --data-path no_classes", "no_classes"),
+    (f"{PRETRAIN} --data folder --data-path no_images", "no_images"),
+    (f"{CLASSIFY} --data folder --data-path no_val", "val"),
+    (f"{CLASSIFY} --data folder --data-path classes_differ", "classes"),
+    (f"{PRETRAIN} --data cifar10", "data-path"),
+    (f"{PRETRAIN} --data cifar10 --data-path empty", "download"),
+    (f"{PRETRAIN} --data cifar100 --data-path nowhere", "nowhere"),
+    (f"{CLASSIFY} --init missing.pt", "missing.pt"),
+    (f"{CLASSIFY} --init empty", "directory"),
+    (f"{CLASSIFY} --init junk.pt", "junk.pt"),
+    (f"{CLASSIFY} --init truncated.pt", "truncated.pt"),
+    (f"{CLASSIFY} --init other.pt", "other.pt"),
+    (f"{CLASSIFY} --init resnet.pt", "resnet.pt"),
+    (f"{CLASSIFY} --init code.pt", "code.pt"),
+    (f"{CLASSIFY} --init good.pt --depth 4", "good.pt"),
+    (f"{PRETRAIN} --output-dir a_file", "a_file"),
+    (f"{PRETRAIN} --output-dir a_file/below", "a_file"),
+    (f"{PRETRAIN} --output-dir held", "held"),
+    (f"{PRETRAIN} --output-dir args_only", "args_only"),
+    (f"{PRETRAIN} --output-dir bad_json --resume", "bad_json"),
+    (f"{PRETRAIN} --resume", "output-dir"),
+    ("@missing.txt", "missing.txt"),
+    ("@empty_recipe.txt", "no-such-flag"),
+    ("--dry-run --tflops 0", "tflops"),
+    ("--dry-run --batch-size 5000", "batch-size"),
+    ("--dry-run --accum 65", "accum"),
+    ("--device cuda --task pretrain", "cuda"),
+]
+
+
+@pytest.mark.parametrize("flags, word", BAD, ids=[flags.removeprefix(f"{PRETRAIN} ").removeprefix(f"{CLASSIFY} ") for flags, _ in BAD])
+def test_bad_input_is_one_sentence_and_leaves_no_trace(litter, monkeypatch, capsys, flags, word):
+    if flags.startswith("--device cuda") and torch.cuda.is_available():
+        pytest.skip("needs a machine without CUDA")
+    monkeypatch.chdir(litter)
+    before = inventory(litter)
+    with pytest.raises(SystemExit) as end:
+        start(flags)
+    err = capsys.readouterr().err
+    after = inventory(litter)
+    new = sorted(after.keys() - before.keys(), key=len, reverse=True)
+    for path in new:  # for the next case
+        Path(path).rmdir() if Path(path).is_dir() else Path(path).unlink()
+    assert end.value.code == 2
+    assert err.count("\n") == 1 and err.endswith("see --help\n"), err
+    assert word in err
+    assert not new, f"created {[os.path.relpath(path, litter) for path in new]}"
+    assert after == before
+
+
+# torch takes 10 s to clear away workers of which one has failed, unless the process ends
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_broken_image_stops_the_run_with_its_path(litter, tmp_path, monkeypatch, capsys, workers):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        start(f"{CLASSIFY} --batch-size 4 --data folder --data-path {litter / 'broken'} --workers {workers}")
+    err = capsys.readouterr().err
+    assert end.value.code == 2 and err.count("\n") == 1 and err.endswith("see --help\n")
+    assert str(litter / "broken/train/dog/4.png") in err and "--skip-bad" in err
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_broken_image_is_skipped_and_counted_on_request(litter, tmp_path, workers):
+    start(f"{CLASSIFY} --batch-size 4 --data folder --data-path {litter / 'broken'} --skip-bad --workers {workers}", tmp_path)
+    assert log(tmp_path)[-1]["skipped_images"] == 1
+
+
+def test_unlabelled_images_without_a_second_half_can_be_pretrained_on(litter, tmp_path):
+    start(f"{PRETRAIN} --batch-size 4 --data folder --data-path {litter / 'no_val'}", tmp_path)
+    assert math.isfinite(log(tmp_path)[-1]["train_loss"])
+
+
+def test_a_mistake_can_be_corrected_and_run_again_in_the_same_folder(litter, tmp_path):
+    with pytest.raises(SystemExit):
+        start(f"{CLASSIFY} --init {litter / 'missing.pt'}", tmp_path / "run")
+    start(f"{CLASSIFY} --init {litter / 'good.pt'}", tmp_path / "run")
+
+
+def test_from_the_shell_a_mistake_is_one_line_without_traceback(tmp_path):
+    done = subprocess.run(command("--task pretrain --img-size 30 --patch-size 4"), cwd=tmp_path, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and "30" in done.stderr and "4" in done.stderr and done.stderr.endswith("see --help\n")
+    assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------- two processes
+
+
+FEW = f"{MODEL} --data-size 84 --epochs 1 --optimizer sgd {FLAT}"  # 21 scenes to validate on: one rank gets 11, the other 10
+JOBS = {
+    "mirl": f"--task pretrain --segments 2 {FEW}",
+    "mae": f"--task pretrain --method mae {FEW}",
+    "classify": f"--task classify {FEW}",
+    "accum": f"--task classify {FEW} --blr 0.002 --accum 2",
+    "probe": f"--task classify --probe {FEW}",
+    "default": f"--segments 2 {MODEL} --data-size 512 --epochs 1 --accum 2 --blr 0.004",
+}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """Every job of JOBS under one torchrun, two processes with batches of 8."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "jobs.py").write_text(f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch, train
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+train.LOG_EVERY = 1
+for name, flags in {JOBS!r}.items():
+    train.main([*flags.split(), "--batch-size", "8", "--output-dir", name])
+torch.distributed.destroy_process_group()
+""")
+    done = torchrun(["jobs.py"], folder)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return folder, done.stdout
+
+
+@pytest.mark.parametrize("job", ["mirl", "mae", "classify", "accum", "probe"])
+def test_one_process_and_two_agree(two_processes, tmp_path, monkeypatch, job):
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    start(f"{JOBS[job]} --batch-size 16", tmp_path)
+    one, two = log(tmp_path), log(two_processes[0] / job)
+    assert len(one) == len(two) and [line.keys() for line in one] == [line.keys() for line in two]  # rank 0 alone writes
+    assert one[0]["loss"] == pytest.approx(two[0]["loss"], abs=1e-5)
+    assert one[-1]["val_loss"] == pytest.approx(two[-1]["val_loss"], abs=1e-5)  # every sample counts once
+    assert one[-1].get("val_acc") == two[-1].get("val_acc")
+    weights, others = (checkpoint(folder)["model"] for folder in (tmp_path, two_processes[0] / job))
+    assert_close(weights, others, 1e-5)
+
+
+def test_two_processes_report_the_effective_batch_of_both(two_processes):
+    assert re.search(r"effective batch 16 \(8 x accum 1 x 2 processes\)", two_processes[1])
+    assert re.search(r"effective batch 32 \(8 x accum 2 x 2 processes\)", two_processes[1])
+    assert "actual lr 0.0005;" in two_processes[1]  # 0.004 * 8 * 2 * 2 / 256
+    assert two_processes[1].count("done: everything is in") == len(JOBS) - 1  # said once, by rank 0
+    assert two_processes[1].count("summary") == 1
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_probes_as_one_process_does(tmp_path):
+    done = torchrun([str(ROOT / "train.py"), *f"--segments 2 {MODEL} --data-size 512 --batch-size 8 --epochs 1 --accum 2 --blr 0.004".split()],
+                    tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "effective batch 32" in done.stdout and "actual lr 0.0005;" in done.stdout  # 0.004 * 8 * 2 * 2 / 256
+    assert done.stdout.count("summary") == 1
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["0001"]
+    assert [line["epoch"] for line in log(tmp_path / "runs/0001") if "epoch" in line] == [1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_from_the_shell_a_broken_image_ends_the_run_at_once_with_one_line(litter, tmp_path, workers):
+    begin = time.monotonic()
+    done = subprocess.run(command(f"{CLASSIFY} --batch-size 4 --data folder --data-path {litter / 'broken'} --workers {workers}"), cwd=tmp_path,
+                          env=environment(), capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "4.png" in done.stderr, done.stderr
+    assert time.monotonic() - begin < 12  # most of it starting torch
+
+
+@pytest.mark.slow
+def test_bad_input_under_torchrun_is_said_once_and_by_whichever_rank_meets_it(litter, tmp_path):
+    done = torchrun([str(ROOT / "train.py"), *f"{PRETRAIN} --img-size 36".split()], tmp_path)
+    assert done.returncode != 0 and len(re.findall("^train.py: .*see --help$", done.stderr, re.M)) == 1
+    for seed in range(2):  # in one of these the broken image falls to rank 1
+        done = torchrun([str(ROOT / "train.py"), *f"{CLASSIFY} --batch-size 6 --seed {seed} --data folder --data-path {litter / 'broken'}".split()],
+                        tmp_path)
+        assert done.returncode != 0 and "dog/4.png" in done.stderr
+
+
+@pytest.mark.slow
+def test_sigterm_to_a_subprocess_saves_and_exits_143(tmp_path):
+    flags = f"{PRETRAIN} --epochs 50 --output-dir {tmp_path / 'run'} --workers 2"
+    run = subprocess.Popen(command(flags), cwd=tmp_path, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "run" / "checkpoint.pt").exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.terminate()
+    out, err = run.communicate(timeout=60)
+    assert run.returncode == 143 and err == "" and "stopped at step" in out
