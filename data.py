@@ -22,9 +22,9 @@ import signal
 from contextlib import contextmanager
 
 import torch
+from PIL import Image  # comes with torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.io import ImageReadMode, decode_image
 from torchvision.transforms import v2
 from tqdm import tqdm
 
@@ -222,8 +222,12 @@ class Folder(Dataset):
 
     def read(self, i):
         try:
-            return decode_image(self.samples[i][0], mode=ImageReadMode.RGB)
-        except (RuntimeError, OSError) as error:
+            with Image.open(self.samples[i][0]) as image:
+                if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight, PIL would clip
+                    grey = v2.functional.pil_to_tensor(image).to(torch.int32)
+                    return ((grey & 0xFFFF) >> 8).to(torch.uint8).expand(3, -1, -1)
+                return v2.functional.pil_to_tensor(image.convert("RGB"))
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises on broken files
             if not self.skip_bad:
                 raise ValueError(f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, or add "
                                  "--skip-bad") from None
@@ -290,7 +294,8 @@ def channel_statistics(source, count=2000):
         sum_ += image.sum(1)
         square += image.square().sum(1)
     mean = sum_ / pixels
-    return tuple(mean.tolist()), tuple((square / pixels - mean.square()).sqrt().tolist())
+    std = (square / pixels - mean.square()).clamp(min=0).sqrt().clamp(min=1 / 255)  # a constant channel has none
+    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 if __name__ == "__main__":

@@ -65,12 +65,12 @@ DEFAULTS = {
     "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
     "probe": dict(epochs=50, batch_size=256, blr=0.2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
     # python train.py: 16 tokens an image and 64 channels, so that 12 blocks learn something within a minute on two cores
-    "tour": dict(patch_size=8, embed_dim=64, num_heads=2, mask_ratio=0.5, epochs=8, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
+    "tour": dict(patch_size=8, embed_dim=64, num_heads=2, segments=4, mask_ratio=0.5, epochs=10, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
                  beta2=0.95),
 }
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
-               "optimizer", "augment", "init", "layer_decay", "ema")
+               "optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing")
 FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # cannot change the result
 
 
@@ -86,8 +86,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def fail(message):
-    if int(os.environ.get("RANK", 0)) == 0:
-        print(f"train.py: {message}; see --help", file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))  # an error may be met by one process only, so each speaks
+    print(f"train.py: {f'[rank {rank}] ' if rank else ''}{message}; see --help", file=sys.stderr)
     sys.exit(2)
 
 
@@ -168,20 +168,25 @@ def resolve(given):
         stage = "pretrain"  # somebody else's model: no sizes of ours
     args = argparse.Namespace(**{**DEFAULTS["all"], **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
-    for key in ("batch_size", "accum", "epochs", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth"):
+    for key in ("batch_size", "accum", "epochs", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
+                "decoder_embed_dim", "decoder_num_heads", "train_images"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     for key in ("lr", "blr", "min_lr", "weight_decay", "warmup_epochs", "workers", "seed", "label_smoothing", "mixup", "cutmix",
-                "save_minutes", "drop_path"):
+                "save_minutes", "drop_path", "beta2"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must not be negative")
     for key in ("clip_grad", "ema", "layer_decay", "tflops"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be positive")
-    for key in ("drop_path", "label_smoothing", "ema"):
+    for key in ("drop_path", "label_smoothing", "ema", "beta2"):
         if getattr(args, key) is not None and getattr(args, key) >= 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be below 1")
 
+    if args.seed >= 2**32:
+        raise ValueError(f"--seed {args.seed} must be below 2**32")
+    if args.probe and (args.mixup or args.cutmix):
+        raise ValueError("--mixup and --cutmix mix images, but --probe trains on features computed once; drop them")
     if isinstance(args.img_size, int):
         args.img_size = [args.img_size]
     if args.img_size is not None and not 1 <= len(args.img_size) <= 2:
@@ -437,15 +442,18 @@ def ema_update(decay):
     """Weight average whose window grows with the run, min(decay, (1 + s) / (10 + s)), as MIRL fine-tunes."""
     def update(averaged, current, step):
         d = min(decay, (1 + int(step)) / (10 + int(step)))
-        torch._foreach_lerp_([a for a in averaged if a.is_floating_point()], [c for c in current if c.is_floating_point()], 1 - d)
+        torch._foreach_lerp_(averaged, current, 1 - d)
     return update
 
 
 # ---------------------------------------------------------------------------- the run
 
 
-def run(args, world, folder, stop):
-    """One task from start (or checkpoint) to end. Returns the last epoch's log line, with `baseline` where it applies."""
+def run(args, world, folder, stop, command, home=None):
+    """One task from start (or checkpoint) to end. Returns the last epoch's log line, with `baseline` where it applies.
+
+    command  the --task that was given, for args.json; home  the folder to name in a --resume hint
+    """
     say, device = world.say, world.device
     checkpoint_path, main_rank = folder / "checkpoint.pt", world.rank == 0
     saved = read_checkpoint(checkpoint_path) if args.resume and checkpoint_path.exists() else None
@@ -471,6 +479,7 @@ def run(args, world, folder, stop):
     for some, wanted in ((source, indices), (val_source, None)):
         if isinstance(some, Folder):
             some.cache(list(range(len(some))) if wanted is None else wanted, progress=main_rank)
+        getattr(some, "images", None)  # shapes: draw a small set now, once, before loading processes copy it
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
     num_patches = (args.img_size[0] // args.patch_size) * (args.img_size[1] // args.patch_size)
     noise_size = num_patches if args.task == "pretrain" else 0
@@ -489,13 +498,20 @@ def run(args, world, folder, stop):
     if args.probe:  # the encoder is frozen, so its features never change: compute them once, train the head on them
         train_set = probe_features(model, Images(source, plain, args.seed, indices), args, world, autocast, workers)
         val_set = probe_features(model, val_set, args, world, autocast, workers)
-        learner, workers = model.head, 0
+        # BatchNorm with the statistics of the whole training set, the same on every rank, applied once
+        model.head[0].running_mean.copy_(train_set.features.mean(dim=0))
+        model.head[0].running_var.copy_(train_set.features.var(dim=0))
+        for some in (train_set, val_set):
+            some.features = model.head[0].eval().cpu()(some.features)
+        model.head[0].to(device)
+        learner, workers = model.head[1], 0
+        args.batch_size = min(args.batch_size, max(1, len(train_set) // world.size))
     train_batches = TrainBatches(len(train_set), args.batch_size, args.seed, world.rank, world.size)
     loader = make_loader(train_set, train_batches, workers, device)
     val_loader = val_set and make_loader(val_set, EvalBatches(len(val_set), args.batch_size, world.rank, world.size), workers, device)
     if args.accum > len(train_batches):
         raise ValueError(f"--accum {args.accum} is larger than the {len(train_batches)} batches of an epoch")
-    ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema), use_buffers=True) if args.ema else None
+    ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
@@ -548,8 +564,15 @@ def run(args, world, folder, stop):
             say(f"  the run in {folder} is complete: {line}")
             return {**line, "baseline": baseline}
         say(f"  resumed at epoch {first_epoch}, step {step} of {total_steps}")
-    log = open(folder / "log.jsonl", "a") if main_rank else None
-    if log:
+    log = None
+    if main_rank:  # every check is behind us: only now does the run leave a trace
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            if not (folder / "args.json").exists():
+                (folder / "args.json").write_text(json.dumps({**vars(args), "task": command}, indent=1) + "\n")
+            log = open(folder / "log.jsonl", "a")
+        except OSError as error:
+            raise ValueError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
         log.truncate(log_bytes)  # lines after the last checkpoint will be written again
 
     def write(**entry):
@@ -624,7 +647,7 @@ def run(args, world, folder, stop):
                 write(step=step, loss=verdict["loss"], lr=now, img_s=speed)
             if verdict["stopped"]:
                 save(epoch)
-                say(f"  stopped at step {step}; continue with --resume --output-dir {folder}")
+                say(f"  stopped at step {step}; continue with --resume --output-dir {home or folder}")
                 raise SystemExit(128 + (stop.signal or signal.SIGTERM))
             if time.monotonic() - last_save > 60 * args.save_minutes:
                 save(epoch)
@@ -632,7 +655,7 @@ def run(args, world, folder, stop):
 
         seconds = time.monotonic() - epoch_start
         judged = ema.module if ema else learner
-        line = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / max(1, loss_count), lr=now if images_seen else 0.0,
+        line = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / max(1, loss_count), lr=lr_at(step - 1, total_steps, warmup, lr, args.min_lr),
                     img_s=images_seen / seconds, data_share=data_seconds / seconds, bad_steps=bad_steps)
         if val_loader:
             line.update(evaluate(judged, val_loader, args, world, autocast))
@@ -688,9 +711,12 @@ def dry_run(args, world):
     macs = counter.get_total_flops() / 2
     passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
     effective = args.batch_size * args.accum * world.size
-    steps = args.epochs * math.ceil((images // (args.batch_size * world.size)) / args.accum)
-    if steps == 0:
-        raise ValueError(f"--batch-size {args.batch_size} is larger than the {images} training images")
+    batches = images // (args.batch_size * world.size)
+    if batches == 0:
+        raise ValueError(f"--batch-size {args.batch_size} x {world.size} processes is larger than the {images} training images")
+    if args.accum > batches:
+        raise ValueError(f"--accum {args.accum} is larger than the {batches} batches of an epoch")
+    steps = args.epochs * math.ceil(batches / args.accum)
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
     activations = args.batch_size * sum(s.nbytes() for s in kept.values())
     seen = images if args.probe else steps * effective
@@ -756,7 +782,6 @@ def prepare_folder(given, world):
                     raise ValueError(f"--{key.replace('_', '-')} {value} differs from the run's own {saved[key]}; drop it or start a new run")
             if "task" in given and saved["task"] is None:
                 raise ValueError(f"--task {given['task']} differs: the run in {name} was started without --task; drop it")
-    world.gather(None)  # nobody creates before everybody has looked
     if name is None:
         numbers = (Path("runs") / f"{n:04d}" for n in itertools.count(1))
         folder = next(path for path in numbers if not path.exists()) if world.rank == 0 else None
@@ -768,12 +793,7 @@ def prepare_folder(given, world):
             raise ValueError(f"--output-dir {name} is a file, not a folder")
         if taken and not given.get("resume"):
             raise ValueError(f"--output-dir {name} already holds a run ({taken[0]}); choose another folder or add --resume")
-    world.gather(None)
-    if world.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot create --output-dir {folder}: {error.strerror}") from None
+        world.gather(None)  # nobody creates before everybody has looked
     return folder, {**{k: v for k, v in saved.items() if k not in FREE_AT_RESUME}, **given}
 
 
@@ -782,11 +802,6 @@ def same_flag(saved, given):
     if isinstance(given, list) and isinstance(saved, list) and len(given) == 1:
         given = given * len(saved)
     return saved == given
-
-
-def write_args(folder, args, task, world):
-    if world.rank == 0 and not (folder / "args.json").exists():
-        (folder / "args.json").write_text(json.dumps({**vars(args), "task": task}, indent=1) + "\n")
 
 
 def main(argv=None):
@@ -801,10 +816,9 @@ def main(argv=None):
         folder, given = prepare_folder(given, world)
         task = given.get("task")
         args = resolve(given)
-        write_args(folder, args, task, world)
         try:
             with Stop() as stop:
-                result = run(args, world, folder, stop)
+                result = run(args, world, folder, stop, task)
                 if task is None:
                     probe_both(given, args, result, world, folder, stop)
                 else:
@@ -824,11 +838,7 @@ def probe_both(given, args, result, world, folder, stop):
         sizes = {key: getattr(args, key) for key in ("img_size", "patch_size", "embed_dim", "depth", "num_heads")}
         shared = {key: value for key, value in given.items() if key not in STAGE_FLAGS}
         probe = resolve({**shared, **sizes, "task": "classify", "probe": True, "init": init})
-        if world.rank == 0:
-            (folder / name).mkdir(exist_ok=True)
-        world.gather(None)
-        write_args(folder / name, probe, "classify", world)
-        accuracy[name] = run(probe, world, folder / name, stop)["val_acc"]
+        accuracy[name] = run(probe, world, folder / name, stop, "classify", home=folder)["val_acc"]
     loss = result.get("val_loss", result["train_loss"])
     world.say(f"""
 summary
