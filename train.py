@@ -397,9 +397,15 @@ class Features(torch.utils.data.Dataset):
 
 
 @torch.no_grad()
-def save_pictures(path, model, images, noise, args, mean, std):
-    """Reconstructions of a few validation images; the captions say which pixels are true."""
+def save_pictures(path, model, data, args, mean, std, device, shown=6, behind=8):
+    """Reconstructions of images from all over a set; the captions say which pixels are true.
+
+    Of shown x behind images only the first few are drawn; all serve to centre MIRL's residual.
+    """
     model.eval()
+    count = min(len(data), shown * behind)
+    some = [data[0, int(i)] for i in torch.linspace(0, len(data) - 1, count)]
+    images, noise = (torch.stack([sample[k] for sample in some]).to(device) for k in (0, 2))
     out = model(images, args.mask_ratio, noise)
     mean, std = (torch.tensor(s, device=images.device).view(-1, 1, 1) for s in (mean, std))
     grey = (0.5 - mean) / std
@@ -419,7 +425,8 @@ def save_pictures(path, model, images, noise, args, mean, std):
         columns["residual, last segment: grey is zero"] = hidden_only(residual + grey)
         columns["sum of both: no true pixels"] = hidden_only(whole)
     columns["true where visible, else predicted"] = paste(images, whole, out.mask, args.patch_size)
-    save_grid(path, {name: (column * std + mean).clamp(0, 1).cpu() for name, column in columns.items()})
+    every = max(1, count // shown)
+    save_grid(path, {name: (column * std + mean)[::every][:shown].clamp(0, 1).cpu() for name, column in columns.items()})
     model.train()
 
 
@@ -667,9 +674,7 @@ def run(args, world, folder, stop, command, home=None):
         if data_seconds > 0.3 * seconds and images_seen and not args.probe:
             say(f"  loading takes {data_seconds / seconds:.0%} of the time: try more --workers")
         if args.task == "pretrain" and main_rank:
-            some = [(val_set or train_set)[0, i] for i in range(min(6, len(val_set or train_set)))]
-            images, noise = (torch.stack([sample[k] for sample in some]).to(device) for k in (0, 2))
-            save_pictures(folder / "reconstruction.png", judged, images, noise, args, mean, std)
+            save_pictures(folder / "reconstruction.png", judged, val_set or train_set, args, mean, std, device)
         loss_sum, loss_count = 0.0, 0
         save(epoch + 1)
         last_save = time.monotonic()
