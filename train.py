@@ -680,6 +680,7 @@ def run(args, world, folder, stop, command, home=None):
         last_save = time.monotonic()
     if log:
         log.close()
+    world.gather(None)  # the checkpoint is complete before any rank goes on to read it
     return {**line, "baseline": baseline}
 
 
