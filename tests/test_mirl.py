@@ -1,10 +1,11 @@
 import pytest
 import torch
 
+from mae import MAE
 from masking import block_mask, enlarge_mask, masked_loss, normalize_patches, patchify
 from mirl import MIRL
 from shapes import shapes
-from vit import ViT
+from vit import ViT, create_vit
 
 SIZES = dict(img_size=(16, 24), patch_size=4, embed_dim=32, depth=12, num_heads=4)  # 4 x 6 patches
 
@@ -363,3 +364,37 @@ def test_bf16_autocast_gives_a_float32_loss_close_to_the_exact_one():
         rough = model(images(), noise=noise()).loss
     assert rough.dtype == torch.float32
     torch.testing.assert_close(rough, exact, atol=0, rtol=0.03)
+
+
+@pytest.mark.slow
+def test_a_multiply_add_of_mirl_costs_what_one_of_mae_costs():
+    """ViT-B/16, 224 px, batch 8: processor time and saved activations per multiply-add within 15 %, steps interleaved."""
+    import time
+
+    from torch.utils.flop_counter import FlopCounterMode
+
+    make = {"mae": lambda: MAE(create_vit("vit_b16")), "mirl": lambda: MIRL(create_vit("vit_b16"), segments=6)}
+    imgs = torch.randn(8, 3, 224, 224)
+    macs, saved, seconds = {}, {}, {name: [] for name in make}
+    models = {name: build() for name, build in make.items()}
+    for name, model in models.items():
+        weights, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+        def keep(tensor):
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in weights:
+                kept[storage.data_ptr()] = storage
+            return tensor
+
+        with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            model(imgs)
+        macs[name], saved[name] = counter.get_total_flops() / 2, sum(storage.nbytes() for storage in kept.values())
+    for _ in range(6):
+        for name, model in models.items():
+            start = time.process_time()
+            model(imgs).loss.backward()
+            seconds[name].append(time.process_time() - start)
+    time_ratio = (sorted(seconds["mirl"][1:])[2] / macs["mirl"]) / (sorted(seconds["mae"][1:])[2] / macs["mae"])
+    memory_ratio = (saved["mirl"] / macs["mirl"]) / (saved["mae"] / macs["mae"])
+    print(f"MIRL / MAE per multiply-add: time {time_ratio:.3f}, memory {memory_ratio:.3f}")
+    assert time_ratio < 1.15 and memory_ratio < 1.15
