@@ -10,9 +10,11 @@ deep blocks of a deep encoder learn less than they should.
     y      = P LN(Blocks(unshuffle([E z ; mask tokens]) + pos))            (2)   decoder
     L      = mean over hidden patches of (y - x~)^2                        (3)   x~: masking.py
 
-Source: He et al. 2021, arXiv 2111.06377, equations written out from the official code's
-behaviour; numbers agree with it (tests/golden/mae_*). Written from the paper.
-Needs: torch; vit.py, masking.py (and shapes.py for the demo).
+E embeds into the decoder's width, P reads the pixels of a patch out of it.
+
+Source: He et al. 2021, arXiv 2111.06377. Written from the paper; details it leaves open
+follow the official code's behaviour, whose numbers are met (tests/golden/mae_*).
+Needs: torch, torchvision, einops; vit.py, masking.py (and shapes.py for the demo).
 Demo: python mae.py (15 s on a CPU) overfits 16 scenes and saves mae_demo.png.
 """
 

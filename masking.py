@@ -129,7 +129,7 @@ def random_mask(batch, grid, mask_ratio, generator=None):
 def grid_mask(batch, grid, mask_ratio, generator=None):
     """A regular lattice stays: 3 / 4 keeps one patch of each 2 x 2, 1 / 2 a checkerboard (MAE's ablation).
 
-    The order of removal is Bayer's dither matrix, whose every prefix is as even as can be;
+    Patches stay in the order of Bayer's dither matrix, whose every prefix is as even as can be;
     each image gets its own random shift of the lattice.
     """
     bayer = torch.tensor([[0, 8, 2, 10], [12, 4, 14, 6], [3, 11, 1, 9], [15, 7, 13, 5]])
@@ -227,13 +227,11 @@ def patch_mean_loss(imgs, patch_size, normalize=True):
 
 def hide(imgs, mask, patch_size, value=0.5):
     """The model's view: removed patches painted over. imgs (B, C, H, W), mask (B, N), 1 = removed."""
-    grid = imgs.shape[-2] // patch_size, imgs.shape[-1] // patch_size
-    removed = enlarge_mask(mask.view(len(imgs), 1, *grid), patch_size).bool()
-    return torch.where(removed, torch.as_tensor(value, dtype=imgs.dtype, device=imgs.device), imgs)
+    return paste(imgs, torch.as_tensor(value, dtype=imgs.dtype, device=imgs.device), mask, patch_size)
 
 
 def paste(imgs, pred, mask, patch_size):
-    """True pixels where visible, predicted ones where removed. imgs, pred (B, C, H, W); mask (B, N)."""
+    """True pixels where visible, predicted ones where removed. imgs (B, C, H, W), pred alike; mask (B, N)."""
     grid = imgs.shape[-2] // patch_size, imgs.shape[-1] // patch_size
     return torch.where(enlarge_mask(mask.view(len(imgs), 1, *grid), patch_size).bool(), pred, imgs)
 

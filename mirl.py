@@ -19,11 +19,11 @@ Nothing forces y_j to be the image and y_{K+1-j} the residual: a constant could 
 them without changing (6), and there is no loss on y_j alone. The roles emerge, or do not:
 look at the parts and their sum.
 
-Source: Huang, Fu, Bors 2023, arXiv 2309.14136, equations written out from the official
-code's behaviour; numbers agree with it (tests/golden/mirl_*). Written from the paper. We
+Source: Huang, Fu, Bors 2023, arXiv 2309.14136. Written from the paper; details it leaves
+open follow the official code's behaviour, whose numbers are met (tests/golden/mirl_*). We
 differ: any even K that divides the depth (the release is fixed to 6 and its 12-block
 presets do not run), x~ is always patch-normalised as in the release whatever its flag says.
-Needs: torch, einops; vit.py, masking.py (and shapes.py for the demo).
+Needs: torch, torchvision, einops; vit.py, masking.py (and shapes.py for the demo).
 Demo: python mirl.py (half a minute on a CPU) overfits 16 scenes and saves mirl_demo.png.
 """
 
@@ -180,10 +180,14 @@ class MIRL(nn.Module):
     def reconstruct(self, imgs, mask_ratio=0.75, noise=None, mask=None, use_true_patch_statistics=False, center=False):
         """For pictures: a list of K / 2 Reconstructions of images (B, C, H, W); no true pixel in any.
 
-        center=True moves what (6) leaves undetermined: the residual's mean over the batch, at each hidden
-        position, goes to the main component. The sum is the same, and the residual shows what it adds. Normalised predictions need each patch's mean and std back. By default they are guessed from the
+        center=True moves what (6) leaves undetermined: at each hidden position the residual's mean over the
+        batch goes to the main component. The sum stays the same.
+
+        Normalised predictions need each patch's mean and std back. By default they are guessed from the
         visible neighbours; use_true_patch_statistics=True takes the true ones, which LEAK part of the answer.
         """
+        if not self.pairing:
+            raise ValueError("reconstruct shows pairs, but this model was built with pairing=False; unpatchify out.pred instead")
         out = self(imgs, mask_ratio, noise, mask)
         mean, std = patch_statistics(imgs, self.encoder.patch_size, out.mask, use_true_patch_statistics)
 
@@ -257,10 +261,11 @@ if __name__ == "__main__":
     target = normalize_patches(patchify(imgs, 4))
     for j in range(2):
         main, residual = out.pred[j], out.pred[-1 - j]
-        # (6) leaves a constant free to move between the parts: compare them without their mean over images
-        main, residual, whole = (y - y.mean(dim=0) for y in (main, residual, target))
-        print(f"pair {j + 1}: error of main alone {masked_loss(main, whole, out.mask):.2f}, of main + residual "
-              f"{masked_loss(main + residual, whole, out.mask):.2f} (expect the sum to be better)")
+        # (6) leaves a constant free to move between the parts: give the residual's mean over images to main
+        hidden = out.mask[..., None]
+        constant = (residual * hidden).sum(dim=0) / hidden.sum(dim=0).clamp(min=1)
+        print(f"pair {j + 1}: error of main alone {masked_loss(main + constant, target, out.mask):.2f}, of main + residual "
+              f"{masked_loss(main + residual, target, out.mask):.2f} (expect the sum to be better)")
     pair = model.reconstruct(imgs, noise=noise, center=True)[1]  # segments 2 and 3
     asked = 1 - out.mask  # predictions at visible patches were never trained: leave them grey
     columns = {

@@ -9,8 +9,8 @@ label, and each shape has a box, a mask and its place in a semantic map.
 There is no random generator whose state must be kept. The k-th random number
 of a scene is a hash of what it is for:
 
-    key = mix(mix(index) ^ mix(seed))
-    u_k = mix(key ^ mix(k)) / 2**32                (1)
+    key = mix(mix(index) ^ mix(seed + 0x9E3779B9))
+    u_k = upper 24 bits of mix(key ^ mix(k)) / 2**24                (1)
 
 where mix scrambles 32 bits (the multipliers are those of C. Wellons,
 github.com/skeeto/hash-prospector). Scenes can therefore be drawn in any order

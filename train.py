@@ -27,6 +27,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -42,7 +43,7 @@ from checkpoints import load_pretrained, read_checkpoint
 from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
 from mae import MAE
-from masking import hide, num_visible, paste, patch_mean_loss
+from masking import num_visible, paste, patch_mean_loss
 from mirl import MIRL
 from shapes import save_grid
 from vit import create_vit
@@ -60,7 +61,7 @@ DEFAULTS = {
         accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
-        cutmix=0.0, check=False),
+        cutmix=0.0, augment=None, check=False),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
     "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
     "probe": dict(epochs=50, batch_size=256, blr=0.2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
@@ -71,7 +72,7 @@ DEFAULTS = {
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
                "optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing")
-FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # cannot change the result
+FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when resuming
 
 
 # ---------------------------------------------------------------------------- flags
@@ -105,7 +106,7 @@ def parse(argv=None):
     switch = dict(action="store_true")
     flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
     flag("--method", "pre-training objective", choices=("mae", "mirl"))
-    flag("--model", "preset of vit.py")
+    flag("--model", "preset of vit.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
@@ -168,6 +169,13 @@ def resolve(given):
         stage = "pretrain"  # somebody else's model: no sizes of ours
     args = argparse.Namespace(**{**DEFAULTS["all"], **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
+    idle = {"mixup": "--task classify", "cutmix": "--task classify", "label_smoothing": "--task classify",
+            "layer_decay": "--task classify", "init": "--task classify"} if args.task == "pretrain" else {}
+    if args.method == "mirl":
+        idle["raw_pixels"] = "--method mae"
+    for key, place in idle.items():  # nothing that was asked for is silently ignored
+        if key in given and given[key] != DEFAULTS["all"][key]:
+            raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
     for key in ("batch_size", "accum", "epochs", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
                 "decoder_embed_dim", "decoder_num_heads", "train_images"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
@@ -187,8 +195,6 @@ def resolve(given):
         raise ValueError(f"--seed {args.seed} must be below 2**32")
     if args.probe and (args.mixup or args.cutmix):
         raise ValueError("--mixup and --cutmix mix images, but --probe trains on features computed once; drop them")
-    if isinstance(args.img_size, int):
-        args.img_size = [args.img_size]
     if args.img_size is not None and not 1 <= len(args.img_size) <= 2:
         raise ValueError(f"--img-size takes one number or H W, got {args.img_size}")
     with torch.device("meta"):  # no weights are made; the model's own checks run, and its sizes become the flags
@@ -203,7 +209,7 @@ def resolve(given):
             args.decoder_num_heads = max(1, args.decoder_embed_dim // 32)
         if args.method == "mirl" and args.segments is None:
             args.segments = next((k for k in (6, 4, 2) if args.depth % k == 0), 2)
-    if getattr(args, "augment", None) is None:
+    if args.augment is None:
         args.augment = "padcrop" if max(args.img_size) <= 64 else "mae" if args.task == "pretrain" else "inception"
     return args
 
@@ -245,7 +251,7 @@ def build_model(args, num_classes, main_rank=False):
 
 
 def param_groups(model, args):
-    """Groups with weight_decay and lr_scale: no decay on 1-D tensors; per-block learning rates (1 group each)."""
+    """Groups with weight_decay and lr_scale: no decay on 1-D tensors; one group per block and kind."""
     groups = {}
     for name, param in model.named_parameters():
         if not param.requires_grad:
@@ -279,6 +285,33 @@ def lr_at(step, total, warmup, lr, min_lr):
     return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
 
 
+class Plan(NamedTuple):
+    batch_size: int  # per process and micro-batch
+    effective: int  # images per step
+    steps_per_epoch: int
+    total_steps: int
+    lr: float
+    warmup: float  # steps
+
+
+def plan_steps(args, num_images, world_size):
+    """How a set of images becomes steps. ValueError where an epoch would be empty."""
+    batch_size = args.batch_size
+    if args.probe:  # its default batch may be larger than a small set
+        batch_size = min(batch_size, max(1, num_images // world_size))
+    batches = num_images // (batch_size * world_size)
+    if batches == 0:
+        raise ValueError(f"--batch-size {batch_size} x {world_size} processes is larger than the {num_images} training images; use at "
+                         f"most {num_images // world_size}")
+    if args.accum > batches:
+        raise ValueError(f"--accum {args.accum} is larger than the {batches} batches of an epoch")
+    steps = math.ceil(batches / args.accum)
+    effective = batch_size * args.accum * world_size
+    lr = args.lr if args.lr is not None else args.blr * effective / 256
+    warmup = (0.05 * args.epochs if args.warmup_epochs is None else args.warmup_epochs) * steps
+    return Plan(batch_size, effective, steps, args.epochs * steps, lr, warmup)
+
+
 def make_objective(model, args):
     """(images, labels, noise) -> scalar loss; the only place where the tasks differ during a step."""
     if args.task == "pretrain":
@@ -299,10 +332,10 @@ def make_objective(model, args):
 class World:
     """Device and ranks; one path for one process and for torchrun."""
 
-    def __init__(self, args):
+    def __init__(self, device):
         self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         local = int(os.environ.get("LOCAL_RANK", 0))
-        kind = args.get("device", "auto")
+        kind = device
         if kind == "auto":
             kind = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
         available = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
@@ -400,7 +433,7 @@ class Features(torch.utils.data.Dataset):
 def save_pictures(path, model, data, args, mean, std, device, shown=6, behind=8):
     """Reconstructions of images from all over a set; the captions say which pixels are true.
 
-    Of shown x behind images only the first few are drawn; all serve to centre MIRL's residual.
+    Of shown x behind images every `behind`-th is drawn; all serve to centre MIRL's residual.
     """
     model.eval()
     count = min(len(data), shown * behind)
@@ -411,11 +444,10 @@ def save_pictures(path, model, data, args, mean, std, device, shown=6, behind=8)
     grey = (0.5 - mean) / std
 
     def hidden_only(pictures):  # predictions at visible patches are not trained: grey
-        return torch.where(hide(torch.ones_like(pictures), 1 - out.mask, args.patch_size, 0.0) > 0, pictures, grey)
+        return paste(pictures, grey, 1 - out.mask, args.patch_size)
 
     columns = {"input: all true pixels": images,
-               "model's view: true pixels, grey hidden": torch.where(
-                   hide(torch.ones_like(images), out.mask, args.patch_size, 0.0) > 0, images, grey)}
+               "model's view: true pixels, grey hidden": paste(images, grey, out.mask, args.patch_size)}
     if args.method == "mae":
         whole = model.reconstruct(images, args.mask_ratio, noise)
         columns["prediction: no true pixels"] = hidden_only(whole)
@@ -476,10 +508,11 @@ def run(args, world, folder, stop, command, home=None):
         world.gather(None)
     try:
         val_source = open_source(train=False, **data)
-    except ValueError:
+    except ValueError as error:
         if args.task != "pretrain":
             raise
         val_source = None  # unlabelled sets often have no second half
+        say(f"no validation set: {error}")
     if val_source is not None and args.task == "classify" and list(val_source.classes) != list(source.classes):
         raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)} folders")
     indices = list(range(len(source))) if args.train_images is None else first_of_shuffle(len(source), args.train_images)
@@ -512,12 +545,12 @@ def run(args, world, folder, stop, command, home=None):
             some.features = model.head[0].eval().cpu()(some.features)
         model.head[0].to(device)
         learner, workers = model.head[1], 0
-        args.batch_size = min(args.batch_size, max(1, len(train_set) // world.size))
-    train_batches = TrainBatches(len(train_set), args.batch_size, args.seed, world.rank, world.size)
+    plan = plan_steps(args, len(train_set), world.size)
+    train_batches = TrainBatches(len(train_set), plan.batch_size, args.seed, world.rank, world.size)
     loader = make_loader(train_set, train_batches, workers, device)
-    val_loader = val_set and make_loader(val_set, EvalBatches(len(val_set), args.batch_size, world.rank, world.size), workers, device)
-    if args.accum > len(train_batches):
-        raise ValueError(f"--accum {args.accum} is larger than the {len(train_batches)} batches of an epoch")
+    val_loader = None
+    if val_set is not None:
+        val_loader = make_loader(val_set, EvalBatches(len(val_set), plan.batch_size, world.rank, world.size), workers, device)
     ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
@@ -526,17 +559,13 @@ def run(args, world, folder, stop, command, home=None):
 
     # optimizer and schedule
     optimizer = build_optimizer(learner, args)
-    steps_per_epoch = math.ceil(len(train_batches) / args.accum)
-    total_steps = args.epochs * steps_per_epoch
-    effective = args.batch_size * args.accum * world.size
-    lr = args.lr if args.lr is not None else args.blr * effective / 256
-    warmup = 0.05 * total_steps if args.warmup_epochs is None else args.warmup_epochs * steps_per_epoch
+    steps_per_epoch, total_steps, lr, warmup = plan.steps_per_epoch, plan.total_steps, plan.lr, plan.warmup
 
     trainable = sum(p.numel() for p in learner.parameters() if p.requires_grad)
     say(f"{'probe' if args.probe else args.task}{' by ' + args.method if args.task == 'pretrain' else ''}: {args.model} on {args.data}, "
         f"{len(train_set)} images; {device.type} x {world.size}, {'bf16' if bf16 else 'fp32'}")
-    say(f"  parameters {sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}; effective batch {effective} "
-        f"({args.batch_size} x accum {args.accum} x {world.size} processes); base lr {args.blr:g} per 256, actual lr {lr:.3g}; "
+    say(f"  parameters {sum(p.numel() for p in model.parameters()):,}, trainable {trainable:,}; effective batch {plan.effective} "
+        f"({plan.batch_size} x accum {args.accum} x {world.size} processes); base lr {args.blr:g} per 256, actual lr {lr:.3g}; "
         f"steps {total_steps} ({steps_per_epoch} an epoch)")
     baseline = None
     if args.task == "pretrain":
@@ -567,6 +596,10 @@ def run(args, world, folder, stop, command, home=None):
         except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise ValueError(f"{checkpoint_path} does not fit this run ({str(error).strip().splitlines()[0]}); resume with the run's own "
                              "model and flags") from None
+        theirs, ours = (saved["schedule"]["total_steps"], saved["schedule"]["processes"]), (total_steps, world.size)
+        if theirs != ours:
+            raise ValueError(f"{checkpoint_path} is of a run of {theirs[0]} steps on {theirs[1]} processes, this one has {ours[0]} on "
+                             f"{ours[1]}; resume with as many processes and images")
         if first_epoch == args.epochs:
             say(f"  the run in {folder} is complete: {line}")
             return {**line, "baseline": baseline}
@@ -580,17 +613,19 @@ def run(args, world, folder, stop, command, home=None):
             log = open(folder / "log.jsonl", "a")
         except OSError as error:
             raise ValueError(f"cannot write to --output-dir {folder}: {error.strerror}") from None
-        log.truncate(log_bytes)  # lines after the last checkpoint will be written again
+        log.truncate(log_bytes)
+        log.seek(0, os.SEEK_END)  # lines after the last checkpoint will be written again
 
     def write(**entry):
         if log:
-            log.write(json.dumps({key: round(value, 6) if isinstance(value, float) else value for key, value in entry.items()}) + "\n")
+            rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in entry.items()}
+            log.write(json.dumps({key: None if value != value else value for key, value in rounded.items()}) + "\n")  # NaN is no JSON
             log.flush()
 
     def save(epoch):
         if main_rank:
             state = dict(model=model.state_dict(), optimizer=optimizer.state_dict(), epoch=epoch, args=vars(args), last_line=line,
-                         schedule=dict(step=step, total_steps=total_steps, lr=lr), rng=dict(seed=args.seed, step=step),
+                         schedule=dict(step=step, total_steps=total_steps, processes=world.size), rng=dict(seed=args.seed, step=step),
                          counters=dict(loss_sum=loss_sum, loss_count=loss_count, bad_steps=bad_steps, log_bytes=log.tell()))
             if ema:
                 state["ema"] = ema.state_dict()
@@ -637,7 +672,7 @@ def run(args, world, folder, stop, command, home=None):
 
             optimizer.step(closure)
             step += 1
-            images_seen += len(window) * args.batch_size * world.size
+            images_seen += len(window) * plan.batch_size * world.size
             if verdict["bad"]:
                 bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
                 say(f"  non-finite loss at step {step}, lr {now:.3g}: step skipped ({bad_steps} so far)")
@@ -664,7 +699,7 @@ def run(args, world, folder, stop, command, home=None):
         judged = ema.module if ema else learner
         line = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / max(1, loss_count), lr=lr_at(step - 1, total_steps, warmup, lr, args.min_lr),
                     img_s=images_seen / seconds, data_share=data_seconds / seconds, bad_steps=bad_steps)
-        if val_loader:
+        if val_loader is not None:  # its truth value would be its length, which may be 0 on one rank only
             line.update(evaluate(judged, val_loader, args, world, autocast))
         if isinstance(source, Folder) and int(source.bad.sum()):
             line["skipped_images"] = int(source.bad.sum())
@@ -716,22 +751,15 @@ def dry_run(args, world):
             model(batch, args.mask_ratio) if args.task == "pretrain" else model(batch)
     macs = counter.get_total_flops() / 2
     passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
-    effective = args.batch_size * args.accum * world.size
-    batches = images // (args.batch_size * world.size)
-    if batches == 0:
-        raise ValueError(f"--batch-size {args.batch_size} x {world.size} processes is larger than the {images} training images")
-    if args.accum > batches:
-        raise ValueError(f"--accum {args.accum} is larger than the {batches} batches of an epoch")
-    steps = args.epochs * math.ceil(batches / args.accum)
+    plan = plan_steps(args, images, world.size)
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    activations = args.batch_size * sum(s.nbytes() for s in kept.values())
-    seen = images if args.probe else steps * effective
+    activations = plan.batch_size * sum(s.nbytes() for s in kept.values())
+    seen = images if args.probe else plan.total_steps * plan.effective
     print(f"model        {args.model}, {args.task}{' by ' + args.method if args.task == 'pretrain' else ''}, {args.img_size[0]}x{args.img_size[1]} px")
     print(f"parameters   {total:,} ({trainable:,} trainable)")
     print(f"multiply-adds {macs / 1e9:.3f} G per image, forward")
-    print(f"steps        {steps:,} of {effective} images, {args.epochs} epochs of {images:,}")
-    lr = args.lr if args.lr is not None else args.blr * effective / 256
-    print(f"lr           {lr:.3g} (base {args.blr:g} per 256)")
+    print(f"steps        {plan.total_steps:,} of {plan.effective} images, {args.epochs} epochs of {images:,}")
+    print(f"lr           {plan.lr:.3g} (base {args.blr:g} per 256)")
     print(f"memory       about {(4 * total + 12 * trainable + activations) / 1e9:.1f} GB per device in fp32: weights, gradients, AdamW's moments, "
           f"{activations / 1e9:.1f} GB of activations")
     print(f"device-hours {2 * macs * passes * seen / (args.tflops * 1e12) / 3600:.4g} at {args.tflops:g} TFLOP/s")
@@ -772,35 +800,39 @@ class Stop:
             signal.signal(number, handler)
 
 
-def prepare_folder(given, world):
-    """The output folder, checked; on --resume also the flags the run was started with."""
-    name, saved = given.get("output_dir"), {}
-    if given.get("resume"):
-        if name is None:
-            raise ValueError("--resume needs --output-dir, the folder of the run to continue")
-        if (Path(name) / "args.json").exists():
-            try:
-                saved = json.loads((Path(name) / "args.json").read_text())
-            except ValueError:
-                raise ValueError(f"{name}/args.json is not readable JSON; restore it or start afresh in another folder") from None
-            for key, value in given.items():
-                if key not in FREE_AT_RESUME and key in saved and not same_flag(saved[key], value):
-                    raise ValueError(f"--{key.replace('_', '-')} {value} differs from the run's own {saved[key]}; drop it or start a new run")
-            if "task" in given and saved["task"] is None:
-                raise ValueError(f"--task {given['task']} differs: the run in {name} was started without --task; drop it")
+def with_saved_flags(given):
+    """On --resume: the flags the run was started with, which those given now must not contradict."""
+    if not given.get("resume"):
+        return given
+    if given.get("output_dir") is None:
+        raise ValueError("--resume needs --output-dir, the folder of the run to continue")
+    path = Path(given["output_dir"]) / "args.json"
+    if not path.exists():
+        return given
+    try:
+        saved = json.loads(path.read_text())
+    except ValueError:
+        raise ValueError(f"{path} is not readable JSON; restore it or start afresh in another folder") from None
+    for key, value in given.items():
+        if key not in FREE_AT_RESUME and key in saved and not same_flag(saved[key], value):
+            raise ValueError(f"--{key.replace('_', '-')} {value} differs from the run's own {saved[key]}; drop it or start a new run")
+    return {**{key: value for key, value in saved.items() if key not in FREE_AT_RESUME}, **given}
+
+
+def choose_folder(given, world):
+    """The output folder, checked but not yet made."""
+    name = given.get("output_dir")
     if name is None:
         numbers = (Path("runs") / f"{n:04d}" for n in itertools.count(1))
-        folder = next(path for path in numbers if not path.exists()) if world.rank == 0 else None
-        folder = world.gather(folder)[0]
-    else:
-        folder = Path(name)
-        taken = [file for file in RUN_FILES if (folder / file).exists()]
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"--output-dir {name} is a file, not a folder")
-        if taken and not given.get("resume"):
-            raise ValueError(f"--output-dir {name} already holds a run ({taken[0]}); choose another folder or add --resume")
-        world.gather(None)  # nobody creates before everybody has looked
-    return folder, {**{k: v for k, v in saved.items() if k not in FREE_AT_RESUME}, **given}
+        return world.gather(next(path for path in numbers if not path.exists()))[0]  # rank 0's choice
+    folder = Path(name)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"--output-dir {name} is a file, not a folder")
+    taken = [file for file in RUN_FILES if (folder / file).exists()]
+    if taken and not given.get("resume"):
+        raise ValueError(f"--output-dir {name} already holds a run ({taken[0]}); choose another folder or add --resume")
+    world.gather(None)  # nobody creates it before everybody has looked
+    return folder
 
 
 def same_flag(saved, given):
@@ -815,13 +847,12 @@ def main(argv=None):
     try:
         if given.get("check"):
             return check_installation()
+        given = with_saved_flags(given)
         args = resolve(given)
-        world = World(given)
+        world = World(args.device)
         if args.dry_run:
             return dry_run(args, world)
-        folder, given = prepare_folder(given, world)
-        task = given.get("task")
-        args = resolve(given)
+        folder, task = choose_folder(given, world), given.get("task")
         try:
             with Stop() as stop:
                 result = run(args, world, folder, stop, task)

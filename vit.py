@@ -93,7 +93,7 @@ class Attention(nn.Module):
 
 
 class RelativePositionBias(nn.Module):
-    """BEiT's bias shared by all blocks: one learnt number per head and 2-D offset, () -> (h, N, N)."""
+    """BEiT's bias shared by all blocks: one learnt number per head and 2-D offset, () -> (h, 1 + N, 1 + N)."""
 
     def __init__(self, window, num_heads):
         super().__init__()
