@@ -86,9 +86,10 @@ class Parser(argparse.ArgumentParser):
         fail(message)
 
 
-def fail(message):
-    rank = int(os.environ.get("RANK", 0))  # an error may be met by one process only, so each speaks
-    print(f"train.py: {f'[rank {rank}] ' if rank else ''}{message}; see --help", file=sys.stderr)
+def fail(message, every_rank=False):
+    rank = int(os.environ.get("RANK", 0))
+    if rank == 0 or every_rank:
+        print(f"train.py: {f'[rank {rank}] ' if rank else ''}{message}; see --help", file=sys.stderr)
     sys.exit(2)
 
 
@@ -843,7 +844,7 @@ def same_flag(saved, given):
 
 
 def main(argv=None):
-    given = parse(argv)
+    given, running = parse(argv), False
     try:
         if given.get("check"):
             return check_installation()
@@ -853,6 +854,7 @@ def main(argv=None):
         if args.dry_run:
             return dry_run(args, world)
         folder, task = choose_folder(given, world), given.get("task")
+        running = True
         try:
             with Stop() as stop:
                 result = run(args, world, folder, stop, task)
@@ -865,7 +867,7 @@ def main(argv=None):
         return result
     except ValueError as error:
         # an error from a loading process comes as its traceback; the sentence is its last line
-        fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "))
+        fail(str(error).strip().splitlines()[-1].removeprefix("ValueError: "), every_rank=running)  # one rank alone may meet a bad file
 
 
 def probe_both(given, args, result, world, folder, stop):
