@@ -50,7 +50,6 @@ class MAE(nn.Module):
             raise ValueError(f"decoder_embed_dim {decoder_embed_dim} is not a multiple of decoder_num_heads {decoder_num_heads}")
         encoder.prepare_for_masking()
         self.encoder, self.norm_pix_loss = encoder, norm_pix_loss
-        num_patches = encoder.grid_size[0] * encoder.grid_size[1]
 
         self.decoder_embed = nn.Linear(encoder.embed_dim, decoder_embed_dim)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim))

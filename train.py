@@ -570,8 +570,8 @@ def run(args, world, folder, stop, command, home=None):
         f"steps {total_steps} ({steps_per_epoch} an epoch)")
     baseline = None
     if args.task == "pretrain":
-        some = val_set or train_set
-        baseline = patch_mean_loss(torch.stack([some[0, i][0] for i in range(min(256, len(some)))]), args.patch_size,
+        looked_at = val_set or train_set  # for the baseline and the pictures
+        baseline = patch_mean_loss(torch.stack([looked_at[0, i][0] for i in range(min(256, len(looked_at)))]), args.patch_size,
                                    args.method == "mirl" or not args.raw_pixels).item()
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
     else:
@@ -710,7 +710,7 @@ def run(args, world, folder, stop, command, home=None):
         if data_seconds > 0.3 * seconds and images_seen and not args.probe:
             say(f"  loading takes {data_seconds / seconds:.0%} of the time: try more --workers")
         if args.task == "pretrain" and main_rank:
-            save_pictures(folder / "reconstruction.png", judged, val_set or train_set, args, mean, std, device)
+            save_pictures(folder / "reconstruction.png", judged, looked_at, args, mean, std, device)
         loss_sum, loss_count = 0.0, 0
         save(epoch + 1)
         last_save = time.monotonic()

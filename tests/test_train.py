@@ -537,6 +537,7 @@ def test_a_probe_without_init_says_that_the_encoder_is_random(tmp_path, capsys):
 
 def test_a_probe_with_the_fine_tuning_flags_still_runs(tmp_path):
     start(f"--task classify --probe {TINY} --label-smoothing 0.1 --drop-path 0.1 --ema 0.9", tmp_path)
+    assert 0 <= log(tmp_path)[-1]["val_acc"] <= 100 and "ema" in checkpoint(tmp_path)
 
 
 def test_a_probe_refuses_mixup_or_mixes_features_but_does_not_crash(tmp_path, capsys):
