@@ -135,11 +135,11 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Pre-norm block (2), (B, N, D) -> (B, N, D)."""
 
-    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, window=None, layer_scale=None):
+    def __init__(self, dim, num_heads, mlp_ratio=4.0, drop_path=0.0, window=None, layer_scale=None, norm_eps=1e-6):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
         self.attn = Attention(dim, num_heads, window)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
         # BEiT's names; without layer scale the product below is skipped, not multiplied by one
@@ -197,6 +197,7 @@ class ViT(nn.Module):
             raise ValueError("rel_pos_bias is BEiT's and holds rows for the class token; keep class_token=True")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size, self.in_chans, self.embed_dim, self.num_heads = patch_size, in_chans, embed_dim, num_heads
+        self.stride, self.num_features = patch_size, embed_dim  # pixels and width per output token, as of any encoder
         self.grid_size = self.grid(*self.img_size)  # (gh, gw)
         self.checkpointing, self.has_relative_bias = checkpointing, rel_pos_bias is not None
 
@@ -246,6 +247,17 @@ class ViT(nn.Module):
         device = self.patch_embed.proj.weight.device
         self.pos_embed = nn.Parameter(table[None].to(device), requires_grad=False)
 
+    def drop_class_token(self):
+        """Patch tokens only, pooled by their mean."""
+        if self.has_relative_bias:
+            raise ValueError("a relative position bias holds rows for the class token; build the encoder with rel_pos_bias=None")
+        if self.cls_token is None:
+            return
+        self.cls_token = None
+        self.reset_classifier(self.num_classes, pool="mean")
+        if self.pos_embed is not None:
+            self.pos_embed = nn.Parameter(self.pos_embed.detach()[:, 1:].clone(), self.pos_embed.requires_grad)
+
     def prepare_for_masking(self):
         """What masked pre-training asks of an encoder: last norm but no head, fixed and frozen positions."""
         if self.cls_token is None:
@@ -288,9 +300,10 @@ class ViT(nn.Module):
             x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
         return x if cls is None else torch.cat([cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
-    def forward_blocks(self, x, start=0, stop=None):
-        """Blocks start .. stop-1: (B, N, D) -> (B, N, D)."""
-        bias = None if self.rel_pos_bias is None else self.rel_pos_bias()
+    def forward_blocks(self, x, start=0, stop=None, bias=None):
+        """Blocks start .. stop-1: (B, N, D) -> (B, N, D). bias: an own term of the logits, e.g. 0 / -inf as a mask."""
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias() if bias is None else bias + self.rel_pos_bias()
         for block in self.blocks[start:stop]:
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, bias, use_reentrant=False)
@@ -336,7 +349,8 @@ def init_weights(module):
     """MAE's initialisation: Xavier-uniform weights (the fused qkv as one matrix), zero biases."""
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
-        nn.init.zeros_(module.bias)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
 
 
 def sincos_pos_embed(dim, gh, gw, cls_token=True):
