@@ -55,14 +55,18 @@ def attention(q, k, v, bias=None):
 
     q (B, h, N, d); k, v (B, h, M, d); bias broadcasts to (B, h, N, M) -> (B, h, N, d)
     """
+    on_cpu = q.device.type == "cpu"
     # On a CPU the bf16 kernel is several times slower than the fp32 one below about 500 tokens,
     # and autocast would cast back: step out of it for this one call.
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and k.shape[2] < 512:
+    if on_cpu and q.dtype == torch.bfloat16 and k.shape[2] < 512:
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()
-            return F.scaled_dot_product_attention(q.float(), k.float(), v.float(), attn_mask=bias).to(q.dtype)
+            return attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
     if bias is not None:
         bias = bias.to(q.dtype)
+        if on_cpu and bias.requires_grad:  # the fused CPU kernel has no gradient for a bias; its stand-in is slower than this
+            attn = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(dim=-1)
+            return attn.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
