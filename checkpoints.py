@@ -190,13 +190,16 @@ def resample(rows, old, new):
     return rearrange(F.interpolate(image, size=new, mode="bicubic", align_corners=False), "1 d h w -> (h w) d")
 
 
-def resize_table(name, table, target, source_aspect, target_aspect, where):
-    """A position or bias table in the target's size -> (table, what was done, or None if nothing)."""
+def resize_table(name, table, target, source_aspect, target_aspect, where, window=None):
+    """A position or bias table in the target's size -> (table, what was done, or None if nothing).
+
+    window (wh, ww): the target is the bias table of one, whatever the image's shape; the file's windows are square.
+    """
     axis = 1 if "pos_embed" in name else 0
     rows, new_rows = table.shape[axis], target.shape[axis]
     source = find_grid(name, rows, source_aspect or (1, 1))
-    wanted = find_grid(name, new_rows, target_aspect)
-    if rows == new_rows and (wanted is None or source is None and source_aspect is None):
+    wanted = (0, window) if window else find_grid(name, new_rows, target_aspect)
+    if rows == new_rows and (wanted is None or source is None and (source_aspect is None or window)):
         return table, None  # nothing tells the grid, but the size is right
     if source is None or wanted is None:
         raise ValueError(f"{name} has {rows} rows in {where} and {new_rows} in the model, and no grid fits the "
@@ -289,6 +292,7 @@ def load_pretrained(model, path, verbose=True, grid=None):
         kind = "ours"
     source_aspect = grid or ((img_size, img_size) if isinstance(img_size, int) else img_size)
     target_aspect = getattr(model, "grid_size", (1, 1))
+    windows = {f"{name}.relative_position_bias_table": module.window for name, module in model.named_modules() if hasattr(module, "window")}
     where = f"{where} [{kind}]"
 
     target = {name: value for name, value in model.state_dict().items() if not name.endswith(INDEX)}
@@ -305,7 +309,8 @@ def load_pretrained(model, path, verbose=True, grid=None):
             continue
         is_table = ("pos_embed" in name and value.ndim == 3) or name.endswith("relative_position_bias_table")
         if is_table and value.shape[-1] == target[name].shape[-1]:
-            value, done = resize_table(name, value, target[name], source_aspect, target_aspect, where)
+            value, done = resize_table(name, value, target[name], source_aspect, target_aspect, where,
+                                       windows.get(name))
             if done:
                 resized[name] = done
         adapted[name] = value

@@ -75,17 +75,22 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Batch sampler: every sample exactly once over all ranks, no padding; the last batches may be short."""
+    """Batch sampler: every sample exactly once over all ranks, no padding; the last batches may be short.
 
-    def __init__(self, num_samples, batch_size, rank=0, world=1):
-        self.indices, self.batch_size = range(rank, num_samples, world), batch_size
+    A rest of fewer than `smallest` samples joins the batch before it.
+    """
+
+    def __init__(self, num_samples, batch_size, rank=0, world=1, smallest=1):
+        self.indices, self.batch_size, self.smallest = range(rank, num_samples, world), batch_size, smallest
 
     def __len__(self):
-        return -(-len(self.indices) // self.batch_size)
+        full, rest = divmod(len(self.indices), self.batch_size)
+        return full + (rest >= self.smallest or full == 0 < rest)
 
     def __iter__(self):
-        for first in range(0, len(self.indices), self.batch_size):
-            yield [(0, index) for index in self.indices[first:first + self.batch_size]]
+        for batch in range(len(self)):
+            stop = None if batch == len(self) - 1 else (batch + 1) * self.batch_size
+            yield [(0, index) for index in self.indices[batch * self.batch_size:stop]]
 
 
 def make_loader(dataset, batches, workers, device):

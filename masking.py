@@ -186,7 +186,8 @@ def mix_mask(noise, mask_ratio):
     n = noise.shape[-1]
     count = int(n * mask_ratio)
     if not 0 < count < n:
-        raise ValueError(f"mask_ratio {mask_ratio} leaves one of the two mixed images without any of the {n} positions")
+        low, high = math.ceil(1000 / n) / 1000, math.floor(1000 * (n - 1) / n) / 1000  # rounded so that both do work
+        raise ValueError(f"mask_ratio {mask_ratio} leaves one of the two mixed images without any of the {n} positions; use {low} to {high}")
     return noise.argsort(dim=-1, stable=True).argsort(dim=-1) < count
 
 

@@ -1,4 +1,4 @@
-"""One visible loop: pretrain a ViT on unlabelled images, then classify with it.
+"""One visible loop: pretrain a vision transformer on unlabelled images, then classify with it.
 
     python train.py                                   a minute: MIRL on generated shapes, then a linear probe
     python train.py --task pretrain --method mae --data cifar10 --data-path DATA --download
@@ -12,7 +12,8 @@ anywhere, it continues with --resume --output-dir DIR and ends with the weights 
 data order, augmentations, masks and drop path are functions of (seed, epoch or step, index), so
 the position in the run is all the state there is, besides model and optimizer.
 
-Source: recipes of MAE (arXiv 2111.06377) and MIRL (arXiv 2309.14136). Written from the papers.
+Source: recipes of MAE (arXiv 2111.06377), MIRL (arXiv 2309.14136) and MixMIM (arXiv 2205.13137).
+Written from the papers.
 Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
 """
 
@@ -43,8 +44,10 @@ from checkpoints import load_pretrained, read_checkpoint
 from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
 from mae import MAE
-from masking import num_visible, paste, patch_mean_loss
+from masking import mix_mask, num_visible, paste, patch_mean_loss
 from mirl import MIRL
+from mixmim import PRESETS as HIERARCHICAL
+from mixmim import MixMIM, create_mixmim
 from shapes import save_grid
 from vit import create_vit
 
@@ -56,22 +59,25 @@ RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
 DEFAULTS = {
     "all": dict(
         task=None, method="mirl", model="vit_demo", img_size=None, patch_size=None, embed_dim=None, depth=None, num_heads=None,
-        segments=None, decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
+        window_size=None, shift=False, segments=None, fill="mix", single=False, open_attention=False, mask_per_cycle=False, decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
         data="shapes", data_path=None, data_size=4096, train_images=None, download=False, skip_bad=False, stats=False,
         accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
         cutmix=0.0, augment=None, check=False),
+    "mixmim": dict(model="mixmim_demo", mask_ratio=0.5),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
     "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
     "probe": dict(epochs=50, batch_size=256, blr=0.2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
     # python train.py: 16 tokens an image and 64 channels, so that 12 blocks learn something within a minute on two cores
     "tour": dict(patch_size=8, embed_dim=64, num_heads=2, segments=4, mask_ratio=0.5, epochs=10, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
                  beta2=0.95),
+    "tour mixmim": dict(img_size=[32], patch_size=2, embed_dim=32, epochs=4, batch_size=32, blr=8e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
 }
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
-               "optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing")
+               "optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing", "fill", "single",
+               "open_attention", "mask_per_cycle")
 FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when resuming
 
 
@@ -106,16 +112,22 @@ def parse(argv=None):
 
     switch = dict(action="store_true")
     flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
-    flag("--method", "pre-training objective", choices=("mae", "mirl"))
-    flag("--model", "preset of vit.py; without --task this also drops the small sizes of the default run")
+    flag("--method", "pre-training objective", choices=("mae", "mirl", "mixmim"))
+    flag("--model", "preset of vit.py or mixmim.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
+    flag("--window-size", "overrides the preset of mixmim.py, one per stage", type=int, nargs="+")
+    flag("--shift", "hierarchical encoder: shift every other block's windows, as Swin does", **switch)
     flag("--segments", "MIRL's K; default the largest of 6, 4, 2 that divides the depth", type=int)
     flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
     flag("--decoder-depth", "blocks per decoder", type=int)
     flag("--decoder-num-heads", "default one per 32 channels", type=int)
-    flag("--raw-pixels", "MAE: predict pixels, not normalised patches", **switch)
+    flag("--fill", "MixMIM: what stands in the holes; mask, a learnt symbol, is a contrast", choices=("mix", "mask"))
+    flag("--single", "MixMIM, a contrast: reconstruct one image of each mixture", **switch)
+    flag("--open-attention", "MixMIM, a contrast: attend across the two images", **switch)
+    flag("--mask-per-cycle", "MixMIM: one mask per pair of images instead of one per batch", **switch)
+    flag("--raw-pixels", "MAE, MixMIM: predict pixels, not normalised patches", **switch)
     flag("--checkpointing", "recompute activations: less memory, more time", **switch)
     flag("--data", "image set", choices=("shapes", "cifar10", "cifar100", "folder"))
     flag("--data-path", "where it lies")
@@ -168,12 +180,24 @@ def resolve(given):
     stage = "tour" if tour else "probe" if given.get("probe") else given["task"]
     if tour and "model" in given:
         stage = "pretrain"  # somebody else's model: no sizes of ours
-    args = argparse.Namespace(**{**DEFAULTS["all"], **DEFAULTS[stage], **given})
+    by_method = DEFAULTS["mixmim"] if given.get("method") == "mixmim" else {}
+    if stage == "tour" and by_method:
+        stage = "tour mixmim" if given.get("model") in (None, "mixmim_demo") else "pretrain"
+    args = argparse.Namespace(**{**DEFAULTS["all"], **by_method, **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
+    hierarchical = args.model in HIERARCHICAL
     idle = {"mixup": "--task classify", "cutmix": "--task classify", "label_smoothing": "--task classify",
             "layer_decay": "--task classify", "init": "--task classify"} if args.task == "pretrain" else {}
     if args.method == "mirl":
-        idle["raw_pixels"] = "--method mae"
+        idle["raw_pixels"] = "--method mae or mixmim"
+    if args.task != "pretrain" or args.method != "mixmim":
+        idle |= dict.fromkeys(("fill", "single", "open_attention", "mask_per_cycle"), "--task pretrain --method mixmim")
+    elif args.fill == "mask":
+        idle |= dict.fromkeys(("single", "open_attention"), "--fill mix")
+    if hierarchical:
+        idle |= dict.fromkeys(("depth", "num_heads", "pool"), "a plain ViT")
+    else:
+        idle |= dict.fromkeys(("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
     for key, place in idle.items():  # nothing that was asked for is silently ignored
         if key in given and given[key] != DEFAULTS["all"][key]:
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
@@ -196,16 +220,29 @@ def resolve(given):
         raise ValueError(f"--seed {args.seed} must be below 2**32")
     if args.probe and (args.mixup or args.cutmix):
         raise ValueError("--mixup and --cutmix mix images, but --probe trains on features computed once; drop them")
+    if args.window_size is not None and min(args.window_size) < 1:
+        raise ValueError(f"--window-size {args.window_size} must be at least 1")
+    if args.task == "pretrain" and hierarchical and args.method != "mixmim":
+        raise ValueError(f"--method {args.method} drops tokens, which windows do not allow: --model {args.model} goes with --method mixmim, "
+                         f"--method {args.method} with a plain ViT")
+    if args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix" and args.batch_size < 2:
+        raise ValueError(f"--batch-size {args.batch_size} leaves MixMIM nothing to mix; use at least 2")
     if args.img_size is not None and not 1 <= len(args.img_size) <= 2:
         raise ValueError(f"--img-size takes one number or H W, got {args.img_size}")
     with torch.device("meta"):  # no weights are made; the model's own checks run, and its sizes become the flags
         encoder = build_encoder(args)
     args.img_size, args.patch_size = list(encoder.img_size), encoder.patch_size
-    args.embed_dim, args.depth, args.num_heads = encoder.embed_dim, len(encoder.blocks), encoder.num_heads
+    args.embed_dim = encoder.embed_dim
+    if not hierarchical:
+        args.depth, args.num_heads = len(encoder.blocks), encoder.num_heads
+    args.mask_patch_size = encoder.stride  # pixels of what is hidden and predicted
     if args.task == "pretrain":
-        num_visible(math.prod(encoder.grid_size), args.mask_ratio)
+        places = math.prod(side // encoder.stride for side in encoder.img_size)
+        num_visible(places, args.mask_ratio)
+        if args.method == "mixmim":
+            mix_mask(torch.zeros(places), args.mask_ratio)
         if args.decoder_embed_dim is None:
-            args.decoder_embed_dim = max(32, round(args.embed_dim * 2 / 3 / 32) * 32)
+            args.decoder_embed_dim = max(32, round(encoder.num_features * 2 / 3 / 32) * 32)
         if args.decoder_num_heads is None:
             args.decoder_num_heads = max(1, args.decoder_embed_dim // 32)
         if args.method == "mirl" and args.segments is None:
@@ -219,11 +256,14 @@ def resolve(given):
 
 
 def build_encoder(args):
-    sizes = {key: getattr(args, key) for key in ("patch_size", "embed_dim", "depth", "num_heads") if getattr(args, key) is not None}
+    sizes = {key: getattr(args, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "window_size") if getattr(args, key) is not None}
     if args.img_size is not None:
         sizes["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
-    return create_vit(args.model, num_classes=0, pool=args.pool, pos_embed="sincos", drop_path=args.drop_path,
-                      checkpointing=args.checkpointing, **sizes)
+    shared = dict(num_classes=0, drop_path=args.drop_path, checkpointing=args.checkpointing, **sizes)
+    if args.model in HIERARCHICAL:
+        return create_mixmim(args.model, shift=args.shift, **shared)
+    # a ViT pre-trained by MixMIM never had a class token
+    return create_vit(args.model, pool=args.pool, pos_embed="sincos", class_token=args.method != "mixmim", **shared)
 
 
 def build_model(args, num_classes, main_rank=False):
@@ -236,35 +276,46 @@ def build_model(args, num_classes, main_rank=False):
                        decoder_num_heads=args.decoder_num_heads)
         if args.method == "mirl":
             return MIRL(encoder, args.segments, **decoder)
+        if args.method == "mixmim":
+            return MixMIM(encoder, norm_pix_loss=not args.raw_pixels, mask_per_cycle=args.mask_per_cycle, fill=args.fill,
+                          dual=not args.single, masked_attention=not args.open_attention, **decoder)
         return MAE(encoder, norm_pix_loss=not args.raw_pixels, **decoder)
     encoder.reset_classifier(num_classes)
-    encoder.pos_embed.requires_grad_(True)
+    if args.model not in HIERARCHICAL:
+        encoder.pos_embed.requires_grad_(True)
     if args.probe:
         encoder.requires_grad_(False)
         # MAE's probe: the parameter-free normalisation makes one learning rate fit features of any scale
-        head = nn.Linear(encoder.embed_dim, num_classes)
+        head = nn.Linear(encoder.num_features, num_classes)
         nn.init.trunc_normal_(head.weight, std=0.01)
         nn.init.zeros_(head.bias)
-        encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.embed_dim, affine=False, eps=1e-6), head)
+        encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.num_features, affine=False, eps=1e-6), head)
     elif args.init:
         nn.init.trunc_normal_(encoder.head.weight, std=2e-5)  # as MAE: start from the features, not from noise
     return encoder
 
 
+def layer_number(name, depths):
+    """0 the embedding, 1 .. the blocks, then norm and head; a merging goes with the block it leads to. depths: per stage."""
+    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    if name.startswith("layers."):  # layers.STAGE.blocks.BLOCK.* or layers.STAGE.downsample.*
+        stage, part, block = name.split(".")[1:4]
+        return sum(depths[:int(stage)]) + int(block) + 1 if part == "blocks" else sum(depths[:int(stage) + 1]) + 1
+    return sum(depths) + 1
+
+
 def param_groups(model, args):
     """Groups with weight_decay and lr_scale: no decay on 1-D tensors; one group per block and kind."""
-    groups = {}
+    groups, depths = {}, getattr(model, "depths", [args.depth or 0])
     for name, param in model.named_parameters():
         if not param.requires_grad:
             continue
         # pre-training decays class and mask tokens as the official codes do; fine-tuning spares token and table
         spare = param.ndim <= 1 or name.endswith(".bias") or (args.task == "classify" and name in ("cls_token", "pos_embed"))
-        layer = args.depth + 1
-        if name.startswith(("cls_token", "pos_embed", "patch_embed")):
-            layer = 0
-        elif name.startswith("blocks."):
-            layer = int(name.split(".")[1]) + 1
-        scale = args.layer_decay ** (args.depth + 1 - layer)
+        scale = args.layer_decay ** (sum(depths) + 1 - layer_number(name, depths))
         key = (spare, scale)
         groups.setdefault(key, dict(params=[], weight_decay=0.0 if spare else args.weight_decay, lr_scale=scale))
         groups[key]["params"].append(param)
@@ -313,10 +364,15 @@ def plan_steps(args, num_images, world_size):
     return Plan(batch_size, effective, steps, args.epochs * steps, lr, warmup)
 
 
+def mask_noise(noise, args):
+    """The noise of a batch, a row per image -> what the objective takes: MixMIM has one mask for all images."""
+    return noise[0] if args.method == "mixmim" and not args.mask_per_cycle else noise
+
+
 def make_objective(model, args):
     """(images, labels, noise) -> scalar loss; the only place where the tasks differ during a step."""
     if args.task == "pretrain":
-        return lambda images, labels, noise: model(images, args.mask_ratio, noise).loss
+        return lambda images, labels, noise: model(images, args.mask_ratio, mask_noise(noise, args)).loss
     mixes = [make(alpha=alpha, num_classes=args.num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
 
@@ -387,7 +443,7 @@ def evaluate(model, loader, args, world, autocast):
         images, labels, noise = (t.to(world.device, non_blocking=True) for t in (images, labels, noise))
         with autocast:
             if args.task == "pretrain":
-                loss += model(images, args.mask_ratio, noise).loss.item() * len(images)
+                loss += model(images, args.mask_ratio, mask_noise(noise, args)).loss.item() * len(images)
             else:
                 logits = model(images).float()
                 loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -410,8 +466,8 @@ def probe_features(encoder, images, args, world, autocast, workers):
         with autocast:
             parts.append((encoder(batch.to(world.device)).float().cpu(), labels))
     encoder.head = head
-    mine = [torch.cat(column) for column in zip(*parts)] if parts else [torch.empty(0, encoder.embed_dim), torch.empty(0, dtype=torch.long)]
-    features, labels = torch.empty(len(images), encoder.embed_dim), torch.empty(len(images), dtype=torch.long)
+    mine = [torch.cat(column) for column in zip(*parts)] if parts else [torch.empty(0, encoder.num_features), torch.empty(0, dtype=torch.long)]
+    features, labels = torch.empty(len(images), encoder.num_features), torch.empty(len(images), dtype=torch.long)
     for rank, (some, these) in enumerate(world.gather(mine)):
         features[rank::world.size], labels[rank::world.size] = some, these
     return Features(features, labels)
@@ -440,24 +496,31 @@ def save_pictures(path, model, data, args, mean, std, device, shown=6, behind=8)
     count = min(len(data), shown * behind)
     some = [data[0, int(i)] for i in torch.linspace(0, len(data) - 1, count)]
     images, noise = (torch.stack([sample[k] for sample in some]).to(device) for k in (0, 2))
+    noise, patch = mask_noise(noise, args), args.mask_patch_size
     out = model(images, args.mask_ratio, noise)
     mean, std = (torch.tensor(s, device=images.device).view(-1, 1, 1) for s in (mean, std))
     grey = (0.5 - mean) / std
 
     def hidden_only(pictures):  # predictions at visible patches are not trained: grey
-        return paste(pictures, grey, 1 - out.mask, args.patch_size)
+        return paste(pictures, grey, 1 - out.mask, patch)
 
-    columns = {"input: all true pixels": images,
-               "model's view: true pixels, grey hidden": paste(images, grey, out.mask, args.patch_size)}
-    if args.method == "mae":
-        whole = model.reconstruct(images, args.mask_ratio, noise)
-        columns["prediction: no true pixels"] = hidden_only(whole)
-    else:
+    columns = {"input: all true pixels": images, "model's view: true pixels, grey hidden": paste(images, grey, out.mask, patch)}
+    if args.method == "mixmim" and args.fill == "mix":
+        b = out.partner
+        columns = {"image A: all true pixels": images, "image B, its partner: all true pixels": images[b],
+                   "mixture, the model's view": paste(images, images[b], out.mask, patch)}
+    if args.method == "mirl":
         main, residual, whole = model.reconstruct(images, args.mask_ratio, noise, center=True)[0]
         columns["main, first segment: no true pixels"] = hidden_only(main)
         columns["residual, last segment: grey is zero"] = hidden_only(residual + grey)
         columns["sum of both: no true pixels"] = hidden_only(whole)
-    columns["true where visible, else predicted"] = paste(images, whole, out.mask, args.patch_size)
+    else:
+        whole = model.reconstruct(images, args.mask_ratio, noise)
+        if args.method == "mixmim" and model.dual:
+            columns["A': prediction, no true pixels"], columns["B': prediction, no true pixels"] = whole, whole[b]
+        else:
+            columns["prediction: no true pixels"] = hidden_only(whole)
+    columns["true where visible, else predicted"] = paste(images, whole, out.mask, patch)
     every = max(1, count // shown)
     save_grid(path, {name: (column * std + mean)[::every][:shown].clamp(0, 1).cpu() for name, column in columns.items()})
     model.train()
@@ -522,8 +585,7 @@ def run(args, world, folder, stop, command, home=None):
             some.cache(list(range(len(some))) if wanted is None else wanted, progress=main_rank)
         getattr(some, "images", None)  # shapes: draw a small set now, once, before loading processes copy it
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
-    num_patches = (args.img_size[0] // args.patch_size) * (args.img_size[1] // args.patch_size)
-    noise_size = num_patches if args.task == "pretrain" else 0
+    noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
     train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size)
     plain = augmentation("none", args.img_size, mean, std)
     val_set = None if val_source is None else Images(val_source, plain, args.seed, None, noise_size)
@@ -551,7 +613,9 @@ def run(args, world, folder, stop, command, home=None):
     loader = make_loader(train_set, train_batches, workers, device)
     val_loader = None
     if val_set is not None:
-        val_loader = make_loader(val_set, EvalBatches(len(val_set), plan.batch_size, world.rank, world.size), workers, device)
+        smallest = 2 if args.task == "pretrain" and args.method == "mixmim" else 1  # who is mixed needs a partner
+        val_batches = EvalBatches(len(val_set), plan.batch_size, world.rank, world.size, smallest)
+        val_loader = make_loader(val_set, val_batches, workers, device)
     ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
@@ -571,15 +635,16 @@ def run(args, world, folder, stop, command, home=None):
     baseline = None
     if args.task == "pretrain":
         looked_at = val_set or train_set  # for the baseline and the pictures
-        baseline = patch_mean_loss(torch.stack([looked_at[0, i][0] for i in range(min(256, len(looked_at)))]), args.patch_size,
+        baseline = patch_mean_loss(torch.stack([looked_at[0, i][0] for i in range(min(256, len(looked_at)))]), args.mask_patch_size,
                                    args.method == "mirl" or not args.raw_pixels).item()
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
     else:
         names = {True: [], False: []}
         for name, param in model.named_parameters():
             names[param.requires_grad].append(name.split(".")[0])
+        pooling = "norm, mean of tokens" if args.model in HIERARCHICAL else "class token, norm" if args.pool == "cls" else "mean of patch tokens, fc_norm"
         table = "; ".join(f"{'trainable' if on else 'frozen'}: {', '.join(dict.fromkeys(names[on])) or 'nothing'}" for on in (True, False))
-        say(f"  {table}; pooling: {'class token, norm' if args.pool == 'cls' else 'mean of patch tokens, fc_norm'}")
+        say(f"  {table}; pooling: {pooling}")
         if not args.init:
             say("  no --init: " + ("probing the RANDOM encoder" if args.probe else "training from scratch"))
 
@@ -745,16 +810,17 @@ def dry_run(args, world):
                 kept[storage._cdata] = storage
             return tensor
 
-        batch = torch.empty(1, model.encoder.in_chans if args.task == "pretrain" else model.in_chans, *args.img_size)
+        count = 2 if args.task == "pretrain" and args.method == "mixmim" else 1  # a pair, where images are mixed
+        batch = torch.empty(count, model.encoder.in_chans if args.task == "pretrain" else model.in_chans, *args.img_size)
         if args.probe:
             model.eval()
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
             model(batch, args.mask_ratio) if args.task == "pretrain" else model(batch)
-    macs = counter.get_total_flops() / 2
+    macs = counter.get_total_flops() / 2 / count
     passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
     plan = plan_steps(args, images, world.size)
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
-    activations = plan.batch_size * sum(s.nbytes() for s in kept.values())
+    activations = plan.batch_size * sum(s.nbytes() for s in kept.values()) // count
     seen = images if args.probe else plan.total_steps * plan.effective
     print(f"model        {args.model}, {args.task}{' by ' + args.method if args.task == 'pretrain' else ''}, {args.img_size[0]}x{args.img_size[1]} px")
     print(f"parameters   {total:,} ({trainable:,} trainable)")

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from checkpoints import FORMATS, convert_official, load_pretrained, read_checkpoint
 from mae import MAE
 from mirl import MIRL
+from mixmim import HierarchicalViT
 from vit import ViT
 
 SIZES = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2)
@@ -190,28 +191,26 @@ def test_mixmim_keeps_its_names_and_loses_buffers_and_decoder():
     assert_same(convert_official(state | extra), state)
 
 
+def hierarchical(img_size, window):
+    return HierarchicalViT(img_size, embed_dim=8, depths=(1,), num_heads=(2,), window_size=(window,), num_classes=0)
+
+
+BIAS = "layers.0.blocks.0.attn.relative_position_bias_table"
+
+
 def test_a_mixmim_file_resizes_its_square_windows_and_its_position_table_without_class_row():
-    class Tree(torch.nn.Module):  # any module: only names and shapes matter
-        grid_size = (2, 4)
-
-        def __init__(self, shapes):
-            super().__init__()
-            for name, shape in shapes.items():
-                module, (*path, last) = self, name.split(".")
-                for part in path:
-                    if part not in module._modules:
-                        module.add_module(part, torch.nn.Module())
-                    module = module._modules[part]
-                module.register_parameter(last, torch.nn.Parameter(torch.zeros(shape)))
-
-    state, extra = mixmim()
-    bias = "layers.0.blocks.0.attn.relative_position_bias_table"
-    model = Tree({name: value.shape for name, value in state.items()} | {bias: (49, 2), "absolute_pos_embed": (1, 32, 8)})
-    report = load_pretrained(model, state | extra, verbose=False)
-    assert report.format == "MixMIM" and set(report.resized) == {bias, "absolute_pos_embed"} and not report.missing
+    source, model = hierarchical(32, 3).state_dict(), hierarchical((8, 16), 4)  # 2 x 4 tokens: the window becomes 2 x 4
+    report = load_pretrained(model, source | mixmim()[1], verbose=False)
+    assert report.format == "MixMIM" and set(report.resized) == {BIAS, "absolute_pos_embed"} and not report.missing
     loaded = model.state_dict()
-    torch.testing.assert_close(loaded[bias], bicubic(state[bias], (5, 5), (7, 7)))
-    torch.testing.assert_close(loaded["absolute_pos_embed"][0], bicubic(state["absolute_pos_embed"][0], (8, 8), (4, 8)))
+    torch.testing.assert_close(loaded[BIAS], bicubic(source[BIAS], (5, 5), (3, 7)))
+    torch.testing.assert_close(loaded["absolute_pos_embed"][0], bicubic(source["absolute_pos_embed"][0], (8, 8), (2, 4)))
+
+
+def test_our_own_rectangular_windows_come_back_bit_for_bit():
+    source, model = hierarchical((8, 16), 4).state_dict(), hierarchical((8, 16), 4)
+    report = load_pretrained(model, {"model": source, "args": {"img_size": [8, 16]}}, verbose=False)
+    assert not report.resized and torch.equal(model.state_dict()[BIAS], source[BIAS])
 
 
 # ---- load_pretrained: sizes and contents

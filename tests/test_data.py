@@ -142,6 +142,12 @@ def test_evaluation_covers_21_samples_exactly_once(world):
     assert all(len(list(batches)) == len(batches) for batches in ranks)
 
 
+def test_a_rest_that_is_too_small_joins_the_batch_before_it():
+    sizes = {n: [len(batch) for batch in EvalBatches(n, 5, smallest=2)] for n in (1, 4, 5, 6, 7, 11, 12)}
+    assert sizes == {1: [1], 4: [4], 5: [5], 6: [6], 7: [5, 2], 11: [5, 6], 12: [5, 5, 2]}
+    assert all(len(EvalBatches(n, 5, smallest=2)) == len(batches) for n, batches in sizes.items())
+
+
 def test_a_rank_may_have_nothing_to_evaluate():
     assert list(EvalBatches(1, 4, rank=1, world=2)) == []
 

@@ -11,25 +11,38 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mae
 import mirl
+import mixmim
 from golden_inputs import (TOLERANCE, assert_agree, compare_grads, compare_tensor, first_values, golden_cases, image_batch,
                            load_case, masking_noise, official_state, parameter, relative)
 from mae import MAE
-from masking import choose_patches
+from masking import choose_patches, enlarge_mask
 from mirl import MIRL
+from mixmim import HierarchicalViT, MixMIM, create_mixmim
 from vit import ViT, create_vit
 
-CASES = golden_cases("mae_", "mirl_", "vit_")
-PRETRAINING = [name for name in CASES if not name.startswith("vit_")]
+CASES = golden_cases("mae_", "mirl_", "mixmim_", "vit_")
 FILLED = {name: load_case(name) for name in CASES}
+PRETRAINING = [name for name in CASES if "pretrain" in FILLED[name]["kind"]]
+FINETUNING = [name for name in CASES if name not in PRETRAINING]
+MIXMIM = golden_cases("mixmim_")
 DTYPES = [torch.float32, torch.float64]
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
 every_case = pytest.mark.parametrize("name", CASES)
 every_pretraining_case = pytest.mark.parametrize("name", PRETRAINING)
+every_mixmim_case = pytest.mark.parametrize("name", MIXMIM)
 
 
 def build(case):
     """Our model of a case, and the function from official to our names."""
     config = case["config"]
+    if case["kind"].startswith("mixmim"):
+        assert config["layer_norm_eps"] == 1e-5 and config["qkv_bias"] and config["patch_norm"]
+        keys = ("img_size", "patch_size", "in_chans", "embed_dim", "depths", "num_heads", "window_size", "mlp_ratio")
+        encoder = HierarchicalViT(**{key: config[key] for key in keys}, num_classes=config.get("num_classes", 0))
+        if case["kind"] == "mixmim_finetune":
+            return encoder, mixmim.convert_official
+        return MixMIM(encoder, config["decoder_dim"], config["decoder_depth"], config["decoder_num_heads"],
+                      config["norm_pix_loss"]), mixmim.convert_official
     assert config["layer_norm_eps"] == 1e-6
     sizes = {key: config[key] for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")}
     if case["kind"] == "vit_finetune":
@@ -50,7 +63,8 @@ def load(name, dtype):
     """The filled model, and official name -> our name."""
     case = FILLED[name]
     model, convert = build(case)
-    ours = {p["name"]: next(iter(convert({p["name"]: torch.zeros(p["shape"])}))) for p in case["params"]}
+    shapes = {p["name"]: torch.empty(p["shape"], device="meta") for p in case["params"]}
+    ours = dict(zip(shapes, convert(shapes), strict=True))
     own = model.state_dict()
     model.load_state_dict(convert(official_state(case, lambda fixed: own[ours[fixed]])), strict=True)
     return model.to(dtype), ours
@@ -69,7 +83,12 @@ def results(name, dtype):
 
     result = SimpleNamespace(terms={}, logits=None, mask=None, tensors=seen)
     model.train()
-    if case["kind"] == "vit_finetune":
+    if name in MIXMIM:
+        encoder = getattr(model, "encoder", model)
+        watch(encoder.patch_embed, "patch_embed")
+        for k, stage in enumerate(encoder.layers, start=1):
+            watch(stage.downsample or stage, f"stage{k}")
+    if name in FINETUNING:
         watch(model.head, "feature", give_input=True)
         result.logits = model(imgs)
         result.loss = F.cross_entropy(result.logits, torch.tensor(case["input"]["labels"]))
@@ -77,15 +96,22 @@ def results(name, dtype):
         watch(model.encoder.norm, "latent")
         for k, norm in enumerate(getattr(model, "norms", [])):
             watch(norm, f"feat{k - 1}" if k else "low_feat")
-        out = model(imgs, mask_ratio=case["config"]["mask_ratio"], noise=torch.tensor(case["noise"], dtype=torch.float64))
+        noise = torch.tensor(case["noise"], dtype=torch.float64)
+        if name in MIXMIM:
+            watch(model.decoder_pred, "x_rec")
+            noise = noise.squeeze(0)  # one row for the batch
+        out = model(imgs, mask_ratio=case["config"]["mask_ratio"], noise=noise)
         result.loss, result.mask = out.loss, out.mask
         if case["kind"] == "mae_pretrain":
             seen["pred"] = out.pred
-        else:
+        elif case["kind"] == "mirl_pretrain":
             last = len(out.pred) - 1
             seen.update({f"pred{k}": pred for k, pred in enumerate(out.pred)})
             seen.update({f"pred{j}+pred{last - j}": out.pred[j] + out.pred[last - j] for j in range(len(out.pairs))})
             result.terms = {f"pair{j}_{last - j}": pair for j, pair in enumerate(out.pairs)}
+    for key, seen_map in seen.items():
+        if seen_map.ndim == 4:
+            seen[key] = seen_map.flatten(1, 2)  # (B, h, w, D) -> (B, N, D)
     result.loss.backward()
     parameters = dict(model.named_parameters())
     result.grads = {name: parameters[key].grad for name, key in ours.items() if parameters[key].requires_grad}
@@ -125,7 +151,7 @@ def test_the_noise_formula_gives_the_stored_noise(name):
     torch.testing.assert_close(masking_noise(*stored.shape, FILLED[name]["seed"]), stored, atol=1e-6, rtol=0)
 
 
-@every_pretraining_case
+@pytest.mark.parametrize("name", [*PRETRAINING, *(name for name in FINETUNING if name in MIXMIM)])
 def test_our_sincos_tables_are_the_official_ones(name):
     case = FILLED[name]
     model, ours = load(name, torch.float32)
@@ -142,10 +168,40 @@ def test_our_sincos_tables_are_the_official_ones(name):
         assert table.double().norm().item() == pytest.approx(p["l2"], rel=1e-7)
 
 
+@every_mixmim_case
+def test_our_relative_position_indices_are_the_official_ones(name):
+    encoder = load(name, torch.float32)[0]
+    buffers = dict(getattr(encoder, "encoder", encoder).named_buffers())
+    assert set(buffers) == set(FILLED[name]["integer_buffers"])
+    for key, entry in FILLED[name]["integer_buffers"].items():
+        assert list(buffers[key].shape) == entry["shape"] and buffers[key].sum() == entry["sum"]
+        assert buffers[key][0, :8].tolist() == entry["first_row"] and buffers[key][-1, :8].tolist() == entry["last_row"]
+
+
+@every_mixmim_case
+def test_an_official_file_with_its_index_tables_loads_strictly(name):
+    case, (model, ours) = FILLED[name], load(name, torch.float32)
+    own = model.state_dict()
+    official = official_state(case, lambda fixed: own[ours[fixed]])
+    tables = {key: torch.zeros(entry["shape"], dtype=torch.long) for key, entry in case["integer_buffers"].items()}
+    fresh, convert = build(case)
+    fresh.load_state_dict(convert(official | tables), strict=True)
+    assert all(torch.equal(fresh.state_dict()[key], value) for key, value in own.items())
+
+
 # ---------------------------------------------------------------------------- the numbers
 
 
-@every_pretraining_case
+@pytest.mark.parametrize("name", [name for name in PRETRAINING if name in MIXMIM])
+@both_dtypes
+def test_the_mixing_mask_of_every_stage_is_exactly_the_official_one(name, dtype):
+    case, mask = FILLED[name], results(name, dtype).mask
+    assert mask.tolist() == [np.ravel(case["mask"]).tolist()] * 4
+    stages = [enlarge_mask(mask[0].view(4, 4), 8 // 2**k).tolist() for k in range(4)]
+    assert stages == [case["stage_masks"][f"s{k + 1}_stride{4 * 2**k}"] for k in range(4)]
+
+
+@pytest.mark.parametrize("name", [name for name in PRETRAINING if name not in MIXMIM])
 @both_dtypes
 def test_the_mask_is_exactly_the_official_one(name, dtype):
     case, config = FILLED[name], FILLED[name]["config"]
@@ -179,7 +235,7 @@ def test_every_tensor_on_the_way_is_the_official_one(name, dtype):
     assert_agree(off)
 
 
-@pytest.mark.parametrize("name", golden_cases("vit_"))
+@pytest.mark.parametrize("name", FINETUNING)
 @both_dtypes
 def test_the_logits_are_the_official_ones(name, dtype):
     expected, tolerance = reference(name, dtype)
@@ -269,6 +325,16 @@ def test_vit_presets_need_the_official_number_of_multiply_adds(preset):
     with torch.device("meta"):
         model = create_vit(preset, pool="mean")
     assert multiply_adds(model) == FACTS[f"{VITS[preset]} fine-tune"]["forward_macs_matmul_and_conv"]
+
+
+@pytest.mark.parametrize("preset", ["mixmim_b", "mixmim_l", "mixmim_h"])
+def test_mixmim_presets_have_the_official_number_of_parameters_and_multiply_adds(preset):
+    with torch.device("meta"):
+        model = create_mixmim(preset)
+    fact = FACTS[f"MixMIM-{preset[-1].upper()} fine-tune"]
+    assert count(model) == fact["params_total"]
+    assert count(model, trainable=True) == fact["params_trainable"]
+    assert multiply_adds(model) == fact["forward_macs_matmul_and_conv"]
 
 
 @pytest.mark.parametrize("fact", PRETRAINERS)

@@ -25,6 +25,8 @@ MODEL = "--embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
 TINY = f"{MODEL} --data-size 64 --batch-size 8 --epochs 2"
 PRETRAIN = f"--task pretrain --segments 2 {TINY}"
 CLASSIFY = f"--task classify {TINY}"
+SMALL_MIXMIM = "--method mixmim --img-size 32 --embed-dim 16 --window-size 4 4 2"  # 2 x 2 positions of 16 pixels
+MIXMIM = f"--task pretrain {SMALL_MIXMIM} --data-size 64 --batch-size 8 --epochs 2"
 TIMING = ("img_s", "data_share")  # the only entries of a log that two equal runs may differ in
 FLAT = "--lr 0.05 --min-lr 0.05 --warmup-epochs 0 --weight-decay 0"  # a constant learning rate
 
@@ -215,7 +217,7 @@ def test_bfloat16_on_a_cpu_trains_like_float32(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("flags", [f"{PRETRAIN} --epochs 1", f"{CLASSIFY} --epochs 1"])
+@pytest.mark.parametrize("flags", [f"{PRETRAIN} --epochs 1", f"{CLASSIFY} --epochs 1", f"{MIXMIM} --epochs 1"])
 def test_compiled_training_gives_the_same_loss(tmp_path, flags):
     eager, compiled = (start(f"{flags} {more}", tmp_path / f"c{more}") for more in ("", "--compile"))
     assert eager["train_loss"] == pytest.approx(compiled["train_loss"], abs=1e-4)
@@ -257,7 +259,7 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, tmp
     assert log(tmp_path) == log(whole)
 
 
-@pytest.mark.parametrize("flags, number, workers", [(f"{MIXED} --accum 3", 2, 0), (f"{PRETRAIN} --method mae --accum 3", 5, 2), (MIXED, 5, 2)])
+@pytest.mark.parametrize("flags, number, workers", [(f"{MIXED} --accum 3", 2, 0), (f"{MIXMIM} --accum 3", 3, 2), (f"{PRETRAIN} --method mae --accum 3", 5, 2), (MIXED, 5, 2)])
 def test_accumulation_and_workers_resume_to_the_same_bits(tmp_path, tmp_path_factory, monkeypatch, flags, number, workers):
     whole = uninterrupted(flags, tmp_path_factory)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -471,6 +473,21 @@ def test_layer_decay_and_weight_decay_groups_match_the_hand_computed_ones():
     assert all(decay == 0 for name, (_, decay) in seen.items() if name.endswith("bias") or "norm" in name)
 
 
+def test_layer_decay_counts_the_blocks_of_all_stages():
+    args = train.resolve(train.parse("--task classify --model mixmim_demo --layer-decay 0.5 --weight-decay 0.3".split()))
+    model = train.build_model(args, 10)  # 2, 2 and 4 blocks
+    names = {id(p): name for name, p in model.named_parameters()}
+    seen = {names[id(p)]: (group["lr_scale"], group["weight_decay"]) for group in train.param_groups(model, args) for p in group["params"]}
+    assert seen.keys() == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert seen["patch_embed.norm.weight"] == (0.5**9, 0.0) and seen["patch_embed.proj.weight"] == (0.5**9, 0.3)
+    assert seen["layers.0.blocks.1.attn.qkv.weight"] == (0.5**7, 0.3)
+    assert seen["layers.0.blocks.1.attn.relative_position_bias_table"] == (0.5**7, 0.3)  # decayed, as in the official code
+    assert seen["layers.0.downsample.reduction.weight"] == (0.5**6, 0.3)  # with the first block behind it
+    assert seen["layers.1.blocks.0.mlp.fc1.weight"] == (0.5**6, 0.3)
+    assert seen["layers.2.blocks.3.norm2.bias"] == (0.5, 0.0)
+    assert seen["norm.weight"] == (1.0, 0.0) and seen["head.weight"] == (1.0, 0.3)
+
+
 def test_the_weight_average_matches_hand_computed_values():
     update = train.ema_update(0.9)
     for step, expected in ((0, 1.9), (8, 1.5), (10_000, 1.1)):  # d = 0.1, 9/18, and the limit 0.9
@@ -549,13 +566,15 @@ def test_a_probe_refuses_mixup_or_mixes_features_but_does_not_crash(tmp_path, ca
 
 @pytest.mark.parametrize("flags", [
     "--task pretrain --method mae", "--task pretrain --method mirl --segments 2", "--task pretrain --method mirl --segments 2 --checkpointing",
-    "--task classify --pool mean", "--task classify --pool cls", "--task classify --probe"])
+    "--task classify --pool mean", "--task classify --pool cls", "--task classify --probe", "--task pretrain --method mixmim --model vit_demo",
+    *(f"--task pretrain {SMALL_MIXMIM} {more}" for more in ("", "--fill mask", "--single", "--open-attention", "--mask-per-cycle", "--shift")),
+    f"--task classify {SMALL_MIXMIM}", f"--task classify --probe {SMALL_MIXMIM}"])
 def test_every_trainable_tensor_gets_a_gradient(flags):
-    args = train.resolve(train.parse(f"{flags} {MODEL}".split()))
+    args = train.resolve(train.parse(f"{flags} {'' if SMALL_MIXMIM in flags else MODEL}".split()))
     args.num_classes = 10
     torch.manual_seed(0)
     model = train.build_model(args, 10)
-    train.make_objective(model, args)(torch.randn(4, 3, 32, 32), torch.arange(4), torch.rand(4, 16)).backward()
+    train.make_objective(model, args)(torch.randn(4, 3, 32, 32), torch.arange(4), torch.rand(4, (32 // args.mask_patch_size) ** 2)).backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert not without
     frozen = [name for name, p in model.named_parameters() if not p.requires_grad and p.grad is not None]
@@ -566,6 +585,54 @@ def test_init_from_our_own_pretraining_at_another_image_size_resizes_the_positio
     start(f"--task classify --probe {TINY} --img-size 48 32 --init {pretrained / 'checkpoint.pt'}", tmp_path)
     assert "pos_embed 4x4 -> 6x4" in capsys.readouterr().out
     assert checkpoint(tmp_path)["model"]["pos_embed"].shape == (1, 25, 32)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixed")
+    start(MIXMIM, folder)
+    return folder
+
+
+def test_mixmim_pretrains_and_shows_both_images_of_a_mixture(mixed):
+    assert (mixed / "reconstruction.png").stat().st_size > 1000
+    lines = [line for line in log(mixed) if "epoch" in line]
+    assert len(lines) == 2 and all(math.isfinite(line["train_loss"]) and math.isfinite(line["val_loss"]) for line in lines)
+    assert json.loads((mixed / "args.json").read_text())["model"] == "mixmim_demo"
+
+
+@pytest.mark.parametrize("flags", ["--probe", "--layer-decay 0.7"])
+def test_mixmims_encoder_is_probed_and_tuned_at_another_size(mixed, tmp_path, capsys, flags):
+    start(f"--task classify {SMALL_MIXMIM} --img-size 48 32 --window-size 6 6 3 --data-size 64 --batch-size 8 --epochs 1 {flags} "
+          f"--init {mixed / 'checkpoint.pt'}", tmp_path)
+    out = capsys.readouterr().out
+    assert "absolute_pos_embed 8x8 -> 12x8" in out and "mean of tokens" in out and "missing: none" in out
+    before, after = (checkpoint(folder)["model"] for folder in (mixed, tmp_path))
+    assert torch.equal(before["encoder.layers.1.blocks.0.attn.qkv.weight"], after["layers.1.blocks.0.attn.qkv.weight"]) == ("probe" in flags)
+
+
+def test_a_plain_vit_pretrained_by_mixmim_is_tuned_without_class_token(tmp_path, capsys):
+    start(f"--task pretrain --method mixmim --model vit_demo {TINY}", tmp_path / "a")
+    start(f"{CLASSIFY} --method mixmim --model vit_demo --init {tmp_path / 'a' / 'checkpoint.pt'}", tmp_path / "b")
+    assert "missing: none" in capsys.readouterr().out
+    assert "cls_token" not in checkpoint(tmp_path / "b")["model"]
+
+
+@pytest.mark.parametrize("flags", ["--fill mask", "--single", "--open-attention", "--mask-per-cycle", "--raw-pixels", "--shift --checkpointing"])
+def test_every_form_of_mixmim_trains_and_draws_its_picture(tmp_path, flags):
+    start(f"{MIXMIM} --epochs 1 {flags}", tmp_path)
+    assert math.isfinite(log(tmp_path)[-1]["val_loss"]) and (tmp_path / "reconstruction.png").exists()
+
+
+def test_mixmim_without_a_task_pretrains_and_probes_also_its_contrasts(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start(f"{SMALL_MIXMIM} --fill mask --data-size 64 --batch-size 8 --epochs 1")
+    assert "after pre-training by mixmim" in capsys.readouterr().out
+
+
+def test_the_last_image_of_a_validation_set_is_not_left_without_a_partner(tmp_path):
+    start(f"{MIXMIM} --epochs 1 --batch-size 5", tmp_path)  # 16 validation images: 5, 5, 6
+    assert math.isfinite(log(tmp_path)[-1]["val_loss"])
 
 
 def test_init_from_a_file_in_maes_layout(tmp_path, capsys):
@@ -592,7 +659,8 @@ def dry_run(flags, capsys, tmp_path, monkeypatch):
 @pytest.mark.parametrize("flags, expected", [
     ("--model vit_b16 --task classify --img-size 224 --data folder --train-images 1281167", "17.564 G"),
     ("--model vit_b16 --task pretrain --method mae --img-size 224 --decoder-embed-dim 512 --decoder-depth 8 --decoder-num-heads 16 --data cifar10",
-     "9.781 G")])
+     "9.781 G"),
+    ("--model mixmim_b --task classify --data folder --train-images 1281167", "16.316 G")])
 def test_a_dry_run_prints_the_golden_multiply_adds_and_touches_nothing(tmp_path, capsys, monkeypatch, flags, expected):
     out = dry_run(flags, capsys, tmp_path, monkeypatch)
     assert expected in out
@@ -685,6 +753,23 @@ BAD = [  # flags, a word of the message
     (f"{PRETRAIN} --mask-ratio -0.1", "mask"),
     (f"{PRETRAIN} --mask-ratio 0.999", "mask"),
     (f"{PRETRAIN} --mask-ratio nan", "mask"),
+    (f"{PRETRAIN} --fill mask", "--method mixmim"),
+    (f"{PRETRAIN} --single", "--method mixmim"),
+    (f"{PRETRAIN} --window-size 3", "hierarchical"),
+    (f"{PRETRAIN} --shift", "hierarchical"),
+    (f"{CLASSIFY} --model mixmim_demo", "plain ViT"),
+    ("--task classify --model mixmim_demo --pool cls", "plain ViT"),
+    ("--task pretrain --model mixmim_demo", "--method mixmim"),
+    ("--task pretrain --method mae --model mixmim_demo", "--method mixmim"),
+    ("--task pretrain --method mixmim --fill mask --single", "--fill mix"),
+    (f"{MIXMIM} --batch-size 1", "at least 2"),
+    (f"{MIXMIM} --img-size 40", "40"),
+    (f"{MIXMIM} --mask-ratio 0.1", "0.1"),
+    (f"{MIXMIM} --mask-ratio 1", "mask"),
+    (f"{MIXMIM} --window-size 4 4", "window_size"),
+    (f"{MIXMIM} --window-size 4 4 0", "window-size"),
+    (f"{MIXMIM} --embed-dim 18", "18"),
+    (f"{MIXMIM} --decoder-embed-dim 33 --decoder-num-heads 2", "33"),
     (f"{PRETRAIN} --model vit_enormous", "vit_enormous"),
     (f"{PRETRAIN} --learning-rate 3", "learning-rate"),
     (f"{PRETRAIN} --method simclr", "simclr"),
