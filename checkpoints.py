@@ -174,11 +174,11 @@ def find_grid(name, rows, aspect):
                 return prefix, (k * p, k * q)
         return None
     extra = 0 if rows % 2 else 3  # (2 gh - 1)(2 gw - 1) is odd; BEiT adds cls-token, token-cls, cls-cls
-    if not extra:
-        p = q = 1  # MixMIM: square windows whatever the image's shape
-    for k in range(1, rows + 1):
-        if (2 * k * p - 1) * (2 * k * q - 1) == rows - extra:
-            return extra, (k * p, k * q)
+    # MixMIM: windows are square whatever the image's shape, unless the image was too small for them
+    for a, b in [(p, q)] if extra else [(1, 1), (p, q)]:
+        for k in range(1, rows + 1):
+            if (2 * k * a - 1) * (2 * k * b - 1) == rows - extra:
+                return extra, (k * a, k * b)
     return None
 
 
@@ -193,13 +193,14 @@ def resample(rows, old, new):
 def resize_table(name, table, target, source_aspect, target_aspect, where, window=None):
     """A position or bias table in the target's size -> (table, what was done, or None if nothing).
 
-    window (wh, ww): the target is the bias table of one, whatever the image's shape; the file's windows are square.
+    window (wh, ww): the target is the bias table of one, whatever the image's shape.
     """
     axis = 1 if "pos_embed" in name else 0
     rows, new_rows = table.shape[axis], target.shape[axis]
     source = find_grid(name, rows, source_aspect or (1, 1))
     wanted = (0, window) if window else find_grid(name, new_rows, target_aspect)
-    if rows == new_rows and (wanted is None or source is None and (source_aspect is None or window)):
+    alike = source_aspect is None or window and source_aspect[0] * target_aspect[1] == source_aspect[1] * target_aspect[0]
+    if rows == new_rows and (wanted is None or source is None and alike):
         return table, None  # nothing tells the grid, but the size is right
     if source is None or wanted is None:
         raise ValueError(f"{name} has {rows} rows in {where} and {new_rows} in the model, and no grid fits the "

@@ -181,8 +181,8 @@ class Stage(nn.Module):
         self.downsample = None if last else PatchMerging(dim)
 
     def forward(self, x, source=None):
-        # computed once for all blocks: every other one is shifted, if any is
-        kinds = [cut_windows(*x.shape[1:3], self.window, shifted, source, x.device) for shifted in ((False, True) if self.shift else (False,))]
+        # once for all blocks; where windows shift, every other block's do
+        kinds = [cut_windows(*x.shape[1:3], self.window, shifted, source, x.device) for shifted in (False, True)[:1 + self.shift]]
         for i, block in enumerate(self.blocks):
             windows = kinds[i % len(kinds)]
             if self.checkpointing and torch.is_grad_enabled():
@@ -206,8 +206,9 @@ class NormedPatchEmbed(PatchEmbed):
 class HierarchicalViT(nn.Module):
     """MixMIM's encoder: (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes=0.
 
-    img_size     int or (H, W); other sizes work too if the strides divide them: the position table is resized
-                 on the fly, windows are padded at the border
+    img_size     int or (H, W); other sizes work too if the strides divide them: the position table is resized on the
+                 fly, windows are padded at the border, on a map smaller than they are they read the middle of their bias
+                 table (load_pretrained into a model of that size resamples it instead)
     embed_dim    width of the first stage; it doubles from stage to stage
     depths, num_heads, window_size   one number per stage. A window larger than the map at img_size becomes the map
     drop_path    stochastic depth at the last block, growing linearly from 0 at the first
@@ -395,7 +396,9 @@ class MixMIM(nn.Module):
                 raise ValueError(f"{name} {tuple(given.shape)} must be {' or '.join(map(str, shapes))}: one row "
                                  + ("per image (mask_per_cycle=True)" if rows else "for the whole batch (mask_per_cycle=False)"))
         if mask is not None:
-            mask = mask.to(cycle.device).view(-1, n).bool()
+            mask = mask.to(cycle.device).reshape(-1, n).bool()
+            if bool((mask.all(dim=1) | ~mask.any(dim=1)).any()):
+                raise ValueError(f"mask must leave some of the {n} positions to the image and give some to its partner, not all or none")
             if rows and not torch.equal(mask, mask[cycle]):
                 raise ValueError("mask must be the same for all images of a cycle of partners, see choose_partners")
             return mask
@@ -427,6 +430,9 @@ class MixMIM(nn.Module):
         noise (N,): fixes the mask, the smallest are taken from the partner; mask (N,) or (gh, gw) gives it outright,
         1 = from the partner. With mask_per_cycle=True both have B rows, and the first image of a cycle decides.
         """
+        if imgs.ndim != 4 or imgs.shape[1] != self.encoder.in_chans:
+            raise ValueError(f"expected images (B, {self.encoder.in_chans}, H, W), got {tuple(imgs.shape)}; in_chans is "
+                             f"{self.encoder.in_chans}")
         if tuple(imgs.shape[-2:]) != self.encoder.img_size:
             raise ValueError(f"images are {imgs.shape[-2]}x{imgs.shape[-1]}, the model pre-trains at img_size "
                              f"{self.encoder.img_size[0]}x{self.encoder.img_size[1]}; resize them or build the encoder for their size")
@@ -474,7 +480,8 @@ class MixMIM(nn.Module):
         pred = out.pred.float()
         if self.norm_pix_loss:
             # k is hidden at the mask in one mixture and at its complement in the other
-            as_host, as_guest = (patch_statistics(imgs, self.patch_size, hidden, use_true_patch_statistics) for hidden in (out.mask, 1 - out.mask))
+            as_host, as_guest = (patch_statistics(imgs, self.patch_size, hidden, use_true_patch_statistics)
+                                 for hidden in (out.mask, 1 - out.mask))
             mean, std = (torch.where(out.mask[..., None] > 0, host, guest) for host, guest in zip(as_host, as_guest, strict=True))
             pred = pred * std + mean
         return unpatchify(pred, self.patch_size, self.grid_size)

@@ -211,6 +211,16 @@ def test_our_own_rectangular_windows_come_back_bit_for_bit():
     source, model = hierarchical((8, 16), 4).state_dict(), hierarchical((8, 16), 4)
     report = load_pretrained(model, {"model": source, "args": {"img_size": [8, 16]}}, verbose=False)
     assert not report.resized and torch.equal(model.state_dict()[BIAS], source[BIAS])
+    turned = hierarchical((16, 8), 4)  # the same number of rows, another order
+    load_pretrained(turned, {"model": source, "args": {"img_size": [8, 16]}}, verbose=False)
+    torch.testing.assert_close(turned.state_dict()[BIAS], bicubic(source[BIAS], (3, 7), (7, 3)))
+
+
+def test_a_window_whose_shape_nothing_tells_is_not_guessed():
+    source = hierarchical((8, 32), 4).state_dict()  # a 2 x 4 window, but the image is 1 : 4
+    with pytest.raises(ValueError, match=r"relative_position_bias_table has 21 rows"):
+        load_pretrained(hierarchical((32, 8), 4), {"model": source, "args": {"img_size": [8, 32]}}, verbose=False)
+    load_pretrained(hierarchical((8, 32), 4), {"model": source, "args": {"img_size": [8, 32]}}, verbose=False)
 
 
 # ---- load_pretrained: sizes and contents

@@ -1,3 +1,4 @@
+import ast
 import json
 import math
 import os
@@ -680,6 +681,16 @@ def test_a_dry_run_counts_steps_and_device_hours_by_hand(tmp_path, capsys, monke
                          ids=lambda path: path.stem if path else "none")
 def test_every_recipe_passes_a_dry_run(tmp_path, capsys, monkeypatch, recipe):
     assert "multiply-adds" in dry_run(f"@{recipe}", capsys, tmp_path, monkeypatch)
+
+
+def test_the_readmes_table_of_mixmims_settings_says_what_the_recipes_do():
+    rows = re.findall(r"^\| `((?:pre|fine)\w+)\.([\w *]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
+    assert {recipe for recipe, _, _ in rows} == {"pretrain", "finetune", "finetune_384"} and len(rows) > 20
+    recipes = {recipe: train.resolve(train.parse([f"@{ROOT / 'recipes' / f'mixmim_b_{recipe}.txt'}"])) for recipe in {row[0] for row in rows}}
+    for recipe, setting, stated in rows:
+        values = [getattr(recipes[recipe], key) for key in setting.split(" * ")]
+        value = math.prod(values) if len(values) > 1 else values[0]
+        assert value == ast.literal_eval(stated), (recipe, setting)
 
 
 def test_a_recipe_takes_comments_and_several_flags_a_line_and_later_flags_win(tmp_path, capsys):
