@@ -173,12 +173,19 @@ def find_grid(name, rows, aspect):
             if k and k * k * p * q == rows - prefix:
                 return prefix, (k * p, k * q)
         return None
-    extra = 0 if rows % 2 else 3  # (2 gh - 1)(2 gw - 1) is odd; BEiT adds cls-token, token-cls, cls-cls
-    # MixMIM: windows are square whatever the image's shape, unless the image was too small for them
-    for a, b in [(p, q)] if extra else [(1, 1), (p, q)]:
-        for k in range(1, rows + 1):
-            if (2 * k * a - 1) * (2 * k * b - 1) == rows - extra:
-                return extra, (k * a, k * b)
+    # BEiT: (2 gh - 1)(2 gw - 1) offsets, then cls-token, token-cls, cls-cls
+    for k in range(1, rows + 1):
+        if (2 * k * p - 1) * (2 * k * q - 1) == rows - 3:
+            return 3, (k * p, k * q)
+    return None
+
+
+def find_window(rows, height, width):
+    """MixMIM's windows are k x k, cut to the stage's map (height, width): (0, (wh, ww)) with this many rows, or None."""
+    for k in range(1, max(height, width) + 1):
+        wh, ww = min(k, height), min(k, width)
+        if (2 * wh - 1) * (2 * ww - 1) == rows:
+            return 0, (wh, ww)
     return None
 
 
@@ -190,17 +197,18 @@ def resample(rows, old, new):
     return rearrange(F.interpolate(image, size=new, mode="bicubic", align_corners=False), "1 d h w -> (h w) d")
 
 
-def resize_table(name, table, target, source_aspect, target_aspect, where, window=None):
+def resize_table(name, table, target, source_aspect, target_aspect, where, windows=None):
     """A position or bias table in the target's size -> (table, what was done, or None if nothing).
 
-    window (wh, ww): the target is the bias table of one, whatever the image's shape.
+    windows: for a window's bias table, the file's window as of find_window and the model's (wh, ww)
     """
     axis = 1 if "pos_embed" in name else 0
     rows, new_rows = table.shape[axis], target.shape[axis]
-    source = find_grid(name, rows, source_aspect or (1, 1))
-    wanted = (0, window) if window else find_grid(name, new_rows, target_aspect)
-    alike = source_aspect is None or window and source_aspect[0] * target_aspect[1] == source_aspect[1] * target_aspect[0]
-    if rows == new_rows and (wanted is None or source is None and alike):
+    if windows:
+        source, wanted = windows[0], (0, windows[1])
+    else:
+        source, wanted = find_grid(name, rows, source_aspect or (1, 1)), find_grid(name, new_rows, target_aspect)
+    if rows == new_rows and (wanted is None or source is None and source_aspect is None):
         return table, None  # nothing tells the grid, but the size is right
     if source is None or wanted is None:
         raise ValueError(f"{name} has {rows} rows in {where} and {new_rows} in the model, and no grid fits the "
@@ -294,6 +302,8 @@ def load_pretrained(model, path, verbose=True, grid=None):
     source_aspect = grid or ((img_size, img_size) if isinstance(img_size, int) else img_size)
     target_aspect = getattr(model, "grid_size", (1, 1))
     windows = {f"{name}.relative_position_bias_table": module.window for name, module in model.named_modules() if hasattr(module, "window")}
+    positions = state.get("absolute_pos_embed")
+    first_map = find_grid("pos_embed", positions.shape[1], source_aspect or (1, 1)) if positions is not None and positions.ndim == 3 else None
     where = f"{where} [{kind}]"
 
     target = {name: value for name, value in model.state_dict().items() if not name.endswith(INDEX)}
@@ -309,9 +319,13 @@ def load_pretrained(model, path, verbose=True, grid=None):
             skipped.append(name)
             continue
         is_table = ("pos_embed" in name and value.ndim == 3) or name.endswith("relative_position_bias_table")
+        pair = None
+        if name in windows:
+            stage = int(name.split(".")[1])  # layers.STAGE.blocks...
+            source = find_window(value.shape[0], *(side // 2**stage for side in first_map[1])) if first_map else None
+            pair = source, windows[name]
         if is_table and value.shape[-1] == target[name].shape[-1]:
-            value, done = resize_table(name, value, target[name], source_aspect, target_aspect, where,
-                                       windows.get(name))
+            value, done = resize_table(name, value, target[name], source_aspect, target_aspect, where, pair)
             if done:
                 resized[name] = done
         adapted[name] = value

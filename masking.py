@@ -181,13 +181,15 @@ def mix_mask(noise, mask_ratio):
     """MixMIM's mask: the int(N ratio) positions with the SMALLEST noise come from the partner.
 
     noise (N,) or (B, N) -> bool of the same shape, True = removed from this image, filled by the partner's.
-    ValueError if one of the two images would get no position at all.
+    ValueError if one of the two sources would get no position at all.
     """
     n = noise.shape[-1]
+    if n < 2:
+        raise ValueError(f"there is {n} position to mask, but mixing takes at least 2; use a larger img_size")
     count = int(n * mask_ratio)
     if not 0 < count < n:
         low, high = math.ceil(1000 / n) / 1000, math.floor(1000 * (n - 1) / n) / 1000  # rounded so that both do work
-        raise ValueError(f"mask_ratio {mask_ratio} leaves one of the two mixed images without any of the {n} positions; use {low} to {high}")
+        raise ValueError(f"mask_ratio {mask_ratio} hides none or all of the {n} positions; use {low} to {high}")
     return noise.argsort(dim=-1, stable=True).argsort(dim=-1) < count
 
 

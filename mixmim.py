@@ -2,12 +2,14 @@
 
 A mask symbol in the encoder's input costs compute and never occurs again after pre-training.
 MixMIM hides patches of image A by putting image B's patches there: the encoder works on real
-tokens everywhere, and one pass serves two puzzles. Three things look like bugs and are the idea:
+tokens everywhere, and one pass serves two puzzles. In mixture k image k is the host (A), and another
+image p(k) of the batch is the guest (B) that fills its holes. Three things look like bugs and are
+the idea:
 
-    partner     image k is mixed with image p(k) of the same batch, never with itself
-    complement  what is hidden of A is exactly what is visible of B: one mask M serves both
-    stitching   A's hidden patches are predicted from the mixture in which A was the host, its other
-                patches from the mixture in which A was the guest: every patch counts once
+    partner     p(k) is never k: an image mixed with itself would have no holes
+    complement  what is hidden of the host is exactly what is visible of the guest: one mask M for both
+    stitching   an image's hidden patches are predicted from the mixture in which it was the host, its
+                other patches from the one in which it was the guest: together each patch counts once
 
     x_k = (1 - M) e_k + M e_p(k),  then + pos              (1)   e = patch embedding; M = 1: from the partner
     token i attends to token j  only if  M_i = M_j         (2)   same source, in every window of every stage
@@ -17,11 +19,13 @@ tokens everywhere, and one pass serves two puzzles. Three things look like bugs 
 
 The encoder is hierarchical: windows of tokens attend among themselves, and 2 x 2 tokens merge
 between stages. M is drawn on the coarsest grid and enlarged, so no merge ever mixes two sources.
+The encoder comes first; whoever wants the idea alone may start at "objective".
 
 Source: Liu et al. 2022, arXiv 2205.13137; windows and relative bias of Swin, Liu et al. 2021,
-arXiv 2103.14030. Written from the papers; details they leave open follow the official code's
-behaviour, whose numbers are met (tests/golden/mixmim_*). We differ: in an odd batch the official
-flip pairs the middle image with itself, here it joins a cycle of three.
+arXiv 2103.14030. Written from the published descriptions; the numbering of the equations is ours.
+Details follow the official code's behaviour, whose numbers are met (tests/golden/mixmim_*). We
+differ: in an odd batch the official flip pairs the middle image with itself, here it joins a
+cycle of three.
 Needs: torch, torchvision, einops; vit.py, masking.py (and shapes.py for the demo).
 Demo: python mixmim.py (half a minute on a CPU) overfits 8 scenes and saves mixmim_demo.png.
 """
@@ -72,17 +76,19 @@ def cut_windows(height, width, window, shifted, source, device):
     Three reasons to be apart, one mechanism: another image's token (source), padding, and tokens that only
     the shift's wrap-around made neighbours. source (b, H, W) bool or None.
     """
-    (wh, ww), shift = (min(window[0], height), min(window[1], width)), (0, 0)
+    wh, ww = min(window[0], height), min(window[1], width)  # this image may be smaller than the one it was built for
+    shift = (0, 0)
     if shifted:  # where one window covers the map there is nothing to shift
         shift = (wh // 2 if height > wh else 0, ww // 2 if width > ww else 0)
     pad = (-height % wh, -width % ww)
     if source is None and not any(pad) and not any(shift):
         return Windows((wh, ww), pad, shift, None)
     group = torch.zeros(1, height, width, dtype=torch.long, device=device) if source is None else source.long()
-    group = F.pad(group, (0, pad[1], 0, pad[0]), value=2).roll((-shift[0], -shift[1]), (1, 2))
+    group = F.pad(group, (0, pad[1], 0, pad[0]), value=2)  # 0 host, 1 guest, 2 padding
+    group = group.roll((-shift[0], -shift[1]), (1, 2))
     rows = torch.arange(height + pad[0], device=device) >= height + pad[0] - shift[0]  # wrapped around
     cols = torch.arange(width + pad[1], device=device) >= width + pad[1] - shift[1]
-    group = 4 * group + 2 * rows[:, None] + cols
+    group = 4 * group + 2 * rows[:, None] + cols  # the two low bits: wrapped around in rows, in columns
     group = rearrange(group, "b (nh wh) (nw ww) -> b (nh nw) (wh ww)", wh=wh, ww=ww)
     return Windows((wh, ww), pad, shift, group_mask(group)[:, :, None])
 
@@ -113,7 +119,7 @@ class WindowAttention(nn.Module):
         """(h, N, N). In a window smaller than the table's, equal offsets read equal rows."""
         index = self.relative_position_index
         if (wh, ww) != self.window:
-            index = index.view(self.window * 2)[:wh, :ww, :wh, :ww].reshape(wh * ww, wh * ww)
+            index = index.view(*self.window, *self.window)[:wh, :ww, :wh, :ww].reshape(wh * ww, wh * ww)
         table = F.embedding(index.flatten(), self.relative_position_bias_table)  # its backward is faster than indexing's
         return rearrange(table, "(n m) h -> h n m", n=wh * ww)
 
@@ -172,7 +178,7 @@ class PatchMerging(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks at one resolution; `downsample` leads to the next stage and is called by the encoder."""
+    """Blocks at one resolution. `downsample` leads to the next; it lives here for its name in checkpoints, the encoder calls it."""
 
     def __init__(self, dim, num_heads, window, mlp_ratio, drop_path, shift, checkpointing, last):
         super().__init__()
@@ -181,10 +187,10 @@ class Stage(nn.Module):
         self.downsample = None if last else PatchMerging(dim)
 
     def forward(self, x, source=None):
-        # once for all blocks; where windows shift, every other block's do
-        kinds = [cut_windows(*x.shape[1:3], self.window, shifted, source, x.device) for shifted in (False, True)[:1 + self.shift]]
+        kinds = [False, True] if self.shift else [False]  # blocks take turns
+        cuts = [cut_windows(*x.shape[1:3], self.window, shifted, source, x.device) for shifted in kinds]  # once for all blocks
         for i, block in enumerate(self.blocks):
-            windows = kinds[i % len(kinds)]
+            windows = cuts[i % len(cuts)]
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, windows, use_reentrant=False)
             else:
@@ -206,13 +212,13 @@ class NormedPatchEmbed(PatchEmbed):
 class HierarchicalViT(nn.Module):
     """MixMIM's encoder: (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes=0.
 
-    img_size     int or (H, W); other sizes work too if the strides divide them: the position table is resized on the
-                 fly, windows are padded at the border, on a map smaller than they are they read the middle of their bias
-                 table (load_pretrained into a model of that size resamples it instead)
+    img_size     int or (H, W), multiples of `stride`, and so may be any image's: the position table is resized on the fly,
+                 windows are padded at the border, on a map smaller than they are they read the middle of their bias table
+                 (load_pretrained into a model of that size resamples it instead)
     embed_dim    width of the first stage; it doubles from stage to stage
     depths, num_heads, window_size   one number per stage. A window larger than the map at img_size becomes the map
     drop_path    stochastic depth at the last block, growing linearly from 0 at the first
-    shift        every other block cuts its windows half a window further: a Swin
+    shift        every other block cuts its windows half a window further, as in Swin; the fixed positions stay
     checkpointing recompute each block in the backward pass: less memory, about a third more time
 
     ValueError if sizes do not divide.
@@ -222,6 +228,13 @@ class HierarchicalViT(nn.Module):
                  num_heads=(4, 8, 16, 32), window_size=(14, 14, 14, 7), mlp_ratio=4.0, drop_path=0.0, shift=False,
                  checkpointing=False):
         super().__init__()
+        for name, value in (("depths", depths), ("num_heads", num_heads), ("window_size", window_size)):
+            if not isinstance(value, (tuple, list)):
+                raise ValueError(f"{name} {value!r} must be a tuple with one number per stage, such as (2, 2, 18, 2)")
+        if not isinstance(img_size, int) and not (isinstance(img_size, (tuple, list)) and len(img_size) == 2):
+            raise ValueError(f"img_size {img_size!r} must be a whole number or (height, width)")
+        if not 0 <= drop_path < 1:
+            raise ValueError(f"drop_path {drop_path} must lie in [0, 1)")
         stages = len(depths)
         if len(num_heads) != stages or len(window_size) != stages:
             raise ValueError(f"depths {tuple(depths)}, num_heads {tuple(num_heads)} and window_size {tuple(window_size)} must have one "
@@ -255,6 +268,8 @@ class HierarchicalViT(nn.Module):
 
     def reset_classifier(self, num_classes):
         """A fresh head; num_classes=0 removes it, features come out."""
+        if num_classes < 0:
+            raise ValueError(f"num_classes {num_classes} must be 0 (features) or more")
         self.num_classes = num_classes
         if num_classes:
             self.head = nn.Linear(self.num_features, num_classes, device=self.norm.weight.device)
@@ -333,9 +348,16 @@ def choose_partners(batch):
     return partner
 
 
+def first_of_cycle(partner):
+    """(B,) -> (B,): the smallest member of each image's cycle k, p(k), p(p(k)), ..., none longer than three."""
+    return torch.minimum(torch.minimum(torch.arange(len(partner)), partner), partner[partner])
+
+
 class MixMIMOutput(NamedTuple):
     loss: torch.Tensor  # scalar
-    pred: torch.Tensor  # (B, N, P): image k at every position, each from the mixture in which it was hidden
+    # (B, N, P): image k at every position, each from the mixture in which it was hidden. In the contrasts that predict only the
+    # host (dual=False, fill="mask") it means something only where mask = 1
+    pred: torch.Tensor
     mask: torch.Tensor  # (B, N), 1 = removed from image k in mixture k, filled by the partner's patch
     partner: torch.Tensor  # (B,) whose patches those are (fill="mask": k itself)
 
@@ -360,23 +382,26 @@ class MixMIM(nn.Module):
     def __init__(self, encoder, decoder_embed_dim=512, decoder_depth=8, decoder_num_heads=16, norm_pix_loss=True,
                  mask_per_cycle=False, fill="mix", dual=True, masked_attention=True):
         super().__init__()
-        if decoder_embed_dim % decoder_num_heads:
+        if decoder_num_heads < 1 or decoder_embed_dim % decoder_num_heads:
             raise ValueError(f"decoder_embed_dim {decoder_embed_dim} is not a multiple of decoder_num_heads {decoder_num_heads}")
         if fill not in ("mix", "mask"):
             raise ValueError(f"fill {fill!r} is unknown; choose 'mix' or 'mask'")
+        self.patch_size = encoder.stride  # of what is hidden and predicted
+        self.grid_size = tuple(side // self.patch_size for side in encoder.img_size)
+        table = sincos_pos_embed(decoder_embed_dim, *self.grid_size, cls_token=False)
+        # every check is behind us: only now is the encoder changed
         if isinstance(encoder, ViT):
             encoder.drop_class_token()
             encoder.fix_pos_embed()
         encoder.reset_classifier(0)
         self.encoder, self.norm_pix_loss, self.mask_per_cycle = encoder, norm_pix_loss, mask_per_cycle
-        self.fill, self.dual, self.masked_attention = fill, dual and fill == "mix", masked_attention and fill == "mix"
-        self.patch_size = encoder.stride  # of what is hidden and predicted
-        self.grid_size = tuple(side // self.patch_size for side in encoder.img_size)
+        self.fill = fill
+        self.dual = dual and fill == "mix"
+        self.masked_attention = masked_attention and fill == "mix"
 
         self.decoder_embed = nn.Linear(encoder.num_features, decoder_embed_dim)
         # "mix": stands in the decoder for what was hidden. "mask": stands in the encoder's input
         self.mask_token = nn.Parameter(torch.zeros(1, 1, decoder_embed_dim if fill == "mix" else encoder.embed_dim))
-        table = sincos_pos_embed(decoder_embed_dim, *self.grid_size, cls_token=False)
         self.decoder_pos_embed = nn.Parameter(table[None], requires_grad=False)
         self.decoder_blocks = nn.ModuleList(Block(decoder_embed_dim, decoder_num_heads, norm_eps=1e-5) for _ in range(decoder_depth))
         self.decoder_norm = nn.LayerNorm(decoder_embed_dim, eps=1e-5)
@@ -387,18 +412,16 @@ class MixMIM(nn.Module):
 
     def choose_mask(self, partner, mask_ratio, noise, mask):
         """The mask as bool (1 or B, N), True = from the partner; checked."""
-        n, batch = self.grid_size[0] * self.grid_size[1], len(partner)
-        cycle = torch.minimum(torch.minimum(torch.arange(batch), partner), partner[partner])  # its smallest member; cycles have <= 3
-        cycle = cycle.to(self.mask_token.device)
-        rows = (batch,) if self.mask_per_cycle else ()
-        for name, given, shapes in (("noise", noise, [(*rows, n)]), ("mask", mask, [(*rows, n), (*rows, *self.grid_size)])):
-            if given is not None and tuple(given.shape) not in shapes:
-                raise ValueError(f"{name} {tuple(given.shape)} must be {' or '.join(map(str, shapes))}: one row "
+        n, cycle = self.grid_size[0] * self.grid_size[1], first_of_cycle(partner).to(self.mask_token.device)
+        rows = (len(partner),) if self.mask_per_cycle else ()
+        for name, given, fitting in (("noise", noise, [(*rows, n)]), ("mask", mask, [(*rows, n), (*rows, *self.grid_size)])):
+            if given is not None and tuple(given.shape) not in fitting:
+                raise ValueError(f"{name} {tuple(given.shape)} must be {' or '.join(map(str, fitting))}: one row "
                                  + ("per image (mask_per_cycle=True)" if rows else "for the whole batch (mask_per_cycle=False)"))
         if mask is not None:
             mask = mask.to(cycle.device).reshape(-1, n).bool()
             if bool((mask.all(dim=1) | ~mask.any(dim=1)).any()):
-                raise ValueError(f"mask must leave some of the {n} positions to the image and give some to its partner, not all or none")
+                raise ValueError(f"mask must hide some of the {n} positions, not all or none")
             if rows and not torch.equal(mask, mask[cycle]):
                 raise ValueError("mask must be the same for all images of a cycle of partners, see choose_partners")
             return mask
@@ -445,7 +468,7 @@ class MixMIM(nn.Module):
         e, grid = self.encoder.patch_embed(imgs), self.encoder.grid_size
         scale = grid[0] // self.grid_size[0]
         from_b_fine = enlarge_mask(mask.view(-1, *self.grid_size), scale).flatten(1)[..., None]
-        fill = e[partner] if self.fill == "mix" else self.mask_token.to(e.dtype)
+        fill = e[partner] if self.fill == "mix" else self.mask_token.to(e.dtype)  # partner
         z = self.encode(torch.where(from_b_fine, fill, e), grid, mask)  # (1): guests get the position of those they replace
         z = self.decoder_embed(z)
 
@@ -457,14 +480,14 @@ class MixMIM(nn.Module):
             pred = self.decode(z)
             return MixMIMOutput(masked_loss(pred, target, mask), pred, mask, partner)
         hole = self.mask_token.to(z.dtype)
-        a = torch.where(from_b, hole, z)  # (3): the host's tokens ...
+        a = torch.where(from_b, hole, z)  # (3): the host's tokens, holes where the guest is
         if not self.dual:
             pred = self.decode(a)
             return MixMIMOutput(masked_loss(pred, target, mask), pred, mask, partner)
-        b = torch.where(from_b, z, hole)  # ... and the guest's, each with holes where the other was
+        b = torch.where(from_b, z, hole)  # complement: the guest's tokens, by the same mask
         of_host, of_guest = self.decode(torch.cat([a, b])).chunk(2)
-        # (4): where k's own mixture hid it, its prediction as the host; the complement was hidden in the mixture where k was the
-        # guest. Both have the same mask, so together they cover k once, and no prediction has seen what it predicts
+        # stitching (4): what mixture k hid of image k is predicted there, as the host; the rest was hidden in the mixture where
+        # k was the guest. Both have the same mask, so together they cover k once, and no prediction has seen what it predicts
         pred = torch.where(from_b, of_host, of_guest[guest_in])
         return MixMIMOutput(masked_loss(pred, target, torch.ones_like(mask)), pred, mask, partner)  # (5)
 
@@ -500,7 +523,7 @@ def convert_official(state_dict):
 
 
 if __name__ == "__main__":
-    from masking import paste
+    from masking import hide, paste
     from shapes import save_grid, shapes
 
     torch.manual_seed(0)
@@ -524,23 +547,27 @@ if __name__ == "__main__":
     out = model(imgs, noise=noise)
     other = imgs.clone()
     other[out.partner[0]] = torch.rand_like(imgs[0])
-    hidden, moved = out.mask[0] > 0, []
-    for model.masked_attention in (False, True):
+    hidden, moved = out.mask[0] > 0, {}
+    for masked in (False, True):
+        model.masked_attention = masked
         before, after = (model(x, noise=noise).pred[0][hidden] for x in (imgs, other))
-        moved.append((before - after).abs().max().item())
-    print(f"other pixels in B: what A's mixture predicts of A moves by {moved[1]:.2g} with masked attention (expect 0), by "
-          f"{moved[0]:.2g} without")
+        moved[masked] = (before - after).abs().max().item()
+    print(f"other pixels in B: what A's mixture predicts of A moves by {moved[True]:.2g} with masked attention (expect 0), by "
+          f"{moved[False]:.2g} without")
 
-    b = out.partner
-    pred, leaky = (model.reconstruct(imgs, noise=noise, use_true_patch_statistics=leak) for leak in (False, True))
+    # overfitted structure; brightness and contrast are not predicted, so take each patch's true mean and std
+    a, b, p = imgs, imgs[out.partner], model.patch_size
+    pred = model.reconstruct(imgs, noise=noise, use_true_patch_statistics=True)
     columns = {
-        "image A: true pixels": imgs,
-        "image B, its partner: true pixels": imgs[b],
-        "mixture, the model's view": paste(imgs, imgs[b], out.mask, model.patch_size),
-        "A': prediction, no true pixels": pred,
-        "B': prediction, no true pixels": pred[b],
-        "A' with TRUE patch statistics": leaky,
-        "B' with TRUE patch statistics": leaky[b],
+        "image A: true pixels": a,
+        "image B, A's partner: true pixels": b,
+        "mixture: the model's view": paste(a, b, out.mask, p),
+        "complement: what is left of A": hide(a, out.mask, p),
+        "complement: what is left of B": hide(b, 1 - out.mask, p),
+        "predicted here of A (TRUE mean, std)": hide(pred, 1 - out.mask, p),
+        "predicted here of B (TRUE mean, std)": hide(pred[out.partner], out.mask, p),
+        "A', stitched from two mixtures": pred,
+        "B', stitched from two mixtures": pred[out.partner],
     }
     save_grid("mixmim_demo.png", {caption: pictures[:4] for caption, pictures in columns.items()})  # each pair once
     print("saved mixmim_demo.png")

@@ -112,7 +112,7 @@ def parse(argv=None):
 
     switch = dict(action="store_true")
     flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
-    flag("--method", "pre-training objective", choices=("mae", "mirl", "mixmim"))
+    flag("--method", "pre-training objective; classify: mixmim builds ViTs without class token, as it pre-trains them", choices=("mae", "mirl", "mixmim"))
     flag("--model", "preset of vit.py or mixmim.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
@@ -147,7 +147,7 @@ def parse(argv=None):
     flag("--beta2", "AdamW's second beta", type=float)
     flag("--warmup-epochs", "linear warm-up; default 5 %% of the steps", type=float)
     flag("--clip-grad", "gradient norm; default off", type=float)
-    flag("--mask-ratio", "share of patches hidden, in [0, 1)", type=float)
+    flag("--mask-ratio", "share of patches hidden, in [0, 1); MixMIM: of the partner's, neither none nor all", type=float)
     flag("--optimizer", "", choices=("adamw", "sgd"))
     flag("--layer-decay", "learning rate factor per block, from the head down", type=float)
     flag("--drop-path", "stochastic depth of the last block", type=float)
@@ -157,7 +157,7 @@ def parse(argv=None):
     flag("--cutmix", "alpha, 0 is off; with both, one of them per batch", type=float)
     flag("--pool", "what the classifier reads", choices=("mean", "cls"))
     flag("--probe", "freeze all but the head; the features are computed once, without augmentation", **switch)
-    flag("--init", "checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, MIRL")
+    flag("--init", "checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, MIRL, MixMIM")
     flag("--seed", "", type=int)
     flag("--workers", "loading processes; default none on a CPU, up to 8 on a GPU", type=int)
     flag("--output-dir", "default a fresh folder under runs/")
@@ -182,7 +182,7 @@ def resolve(given):
         stage = "pretrain"  # somebody else's model: no sizes of ours
     by_method = DEFAULTS["mixmim"] if given.get("method") == "mixmim" else {}
     if stage == "tour" and by_method:
-        stage = "tour mixmim" if given.get("model") in (None, "mixmim_demo") else "pretrain"
+        stage = "tour mixmim"
     args = argparse.Namespace(**{**DEFAULTS["all"], **by_method, **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
     hierarchical = args.model in HIERARCHICAL
@@ -220,6 +220,8 @@ def resolve(given):
         raise ValueError(f"--seed {args.seed} must be below 2**32")
     if args.probe and (args.mixup or args.cutmix):
         raise ValueError("--mixup and --cutmix mix images, but --probe trains on features computed once; drop them")
+    if args.method == "mixmim" and not hierarchical and args.pool == "cls":
+        raise ValueError("--pool cls needs a class token, which --method mixmim does without; drop one of them")
     if args.window_size is not None and min(args.window_size) < 1:
         raise ValueError(f"--window-size {args.window_size} must be at least 1")
     if args.task == "pretrain" and hierarchical and args.method != "mixmim":
@@ -238,9 +240,10 @@ def resolve(given):
     args.mask_patch_size = encoder.stride  # pixels of what is hidden and predicted
     if args.task == "pretrain":
         places = math.prod(side // encoder.stride for side in encoder.img_size)
-        num_visible(places, args.mask_ratio)
         if args.method == "mixmim":
-            mix_mask(torch.zeros(places), args.mask_ratio)
+            mix_mask(torch.zeros(places, device="cpu"), args.mask_ratio)
+        else:
+            num_visible(places, args.mask_ratio)
         if args.decoder_embed_dim is None:
             args.decoder_embed_dim = max(32, round(encoder.num_features * 2 / 3 / 32) * 32)
         if args.decoder_num_heads is None:
@@ -266,10 +269,23 @@ def build_encoder(args):
     return create_vit(args.model, pool=args.pool, pos_embed="sincos", class_token=args.method != "mixmim", **shared)
 
 
+def check_origin(args):
+    """What no tensor shows, and our own checkpoints tell: ValueError if --init was trained with another network."""
+    theirs = read_checkpoint(args.init).get("args")
+    if not isinstance(theirs, dict):
+        return
+    if args.model in HIERARCHICAL and theirs.get("shift", False) != args.shift:
+        raise ValueError(f"--init {args.init} was trained {'without' if args.shift else 'with'} --shift; {'drop' if args.shift else 'add'} it")
+    if args.model not in HIERARCHICAL and (theirs.get("method") == "mixmim") != (args.method == "mixmim"):
+        raise ValueError(f"--init {args.init} was pre-trained by {theirs.get('method')}, and --method {args.method} builds a ViT with"
+                         f"{'out' if args.method == 'mixmim' else ''} class token; add --method {theirs.get('method')}")
+
+
 def build_model(args, num_classes, main_rank=False):
     """The pre-training model, or the classifier. The encoder is drawn first: the same seed, the same encoder."""
     encoder = build_encoder(args)
     if args.init:
+        check_origin(args)
         load_pretrained(encoder, args.init, verbose=main_rank)
     if args.task == "pretrain":
         decoder = dict(decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
@@ -579,6 +595,10 @@ def run(args, world, folder, stop, command, home=None):
         say(f"no validation set: {error}")
     if val_source is not None and args.task == "classify" and list(val_source.classes) != list(source.classes):
         raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)} folders")
+    mixing = args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix"
+    if mixing and val_source is not None and len(val_source) < 2 * world.size:
+        raise ValueError(f"the validation set has {len(val_source)} images for {world.size} processes, but MixMIM needs two for each to mix them; "
+                         "add images or leave the set out")
     indices = list(range(len(source))) if args.train_images is None else first_of_shuffle(len(source), args.train_images)
     for some, wanted in ((source, indices), (val_source, None)):
         if isinstance(some, Folder):
@@ -613,7 +633,7 @@ def run(args, world, folder, stop, command, home=None):
     loader = make_loader(train_set, train_batches, workers, device)
     val_loader = None
     if val_set is not None:
-        smallest = 2 if args.task == "pretrain" and args.method == "mixmim" else 1  # who is mixed needs a partner
+        smallest = 2 if mixing else 1  # who is mixed needs a partner
         val_batches = EvalBatches(len(val_set), plan.batch_size, world.rank, world.size, smallest)
         val_loader = make_loader(val_set, val_batches, workers, device)
     ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
@@ -801,7 +821,7 @@ def dry_run(args, world):
     args.init = None
     with torch.device("meta"):
         model = build_model(args, num_classes)
-        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        weights = {t.untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
         kept = {}
 
         def keep(tensor):  # what autograd saves for the backward pass of one image

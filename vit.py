@@ -51,7 +51,7 @@ def create_vit(name, **overrides):
 
 
 def attention(q, k, v, bias=None):
-    """softmax(q k^T / sqrt(d) + bias) v by the fused kernel.
+    """softmax(q k^T / sqrt(d) + bias) v, by the fused kernel where it is the fastest.
 
     q (B, h, N, d); k, v (B, h, M, d); bias broadcasts to (B, h, N, M) -> (B, h, N, d)
     """
@@ -86,7 +86,8 @@ class Attention(nn.Module):
     def forward(self, x, bias=None, return_attn=False):
         q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
         if hasattr(self, "relative_position_bias_table"):
-            bias = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m h -> h n m")
+            own = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m h -> h n m")
+            bias = own if bias is None else bias + own
         if not return_attn:
             x = attention(q, k, v, bias)
             return self.proj(rearrange(x, "b h n d -> b n (h d)"))
@@ -305,7 +306,7 @@ class ViT(nn.Module):
         return x if cls is None else torch.cat([cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
 
     def forward_blocks(self, x, start=0, stop=None, bias=None):
-        """Blocks start .. stop-1: (B, N, D) -> (B, N, D). bias: an own term of the logits, e.g. 0 / -inf as a mask."""
+        """Blocks start .. stop-1: (B, N, D) -> (B, N, D). bias: added to the attention logits, e.g. 0 / -inf as a mask."""
         if self.rel_pos_bias is not None:
             bias = self.rel_pos_bias() if bias is None else bias + self.rel_pos_bias()
         for block in self.blocks[start:stop]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints import FORMATS, convert_official, load_pretrained, read_checkpoint
+from checkpoints import FORMATS, convert_official, find_window, load_pretrained, read_checkpoint
 from mae import MAE
 from mirl import MIRL
 from mixmim import HierarchicalViT
@@ -216,11 +216,18 @@ def test_our_own_rectangular_windows_come_back_bit_for_bit():
     torch.testing.assert_close(turned.state_dict()[BIAS], bicubic(source[BIAS], (3, 7), (7, 3)))
 
 
-def test_a_window_whose_shape_nothing_tells_is_not_guessed():
-    source = hierarchical((8, 32), 4).state_dict()  # a 2 x 4 window, but the image is 1 : 4
-    with pytest.raises(ValueError, match=r"relative_position_bias_table has 21 rows"):
-        load_pretrained(hierarchical((32, 8), 4), {"model": source, "args": {"img_size": [8, 32]}}, verbose=False)
-    load_pretrained(hierarchical((8, 32), 4), {"model": source, "args": {"img_size": [8, 32]}}, verbose=False)
+@pytest.mark.parametrize("height, width, window, found", [(8, 8, 3, (3, 3)), (2, 4, 4, (2, 4)), (2, 8, 4, (2, 4)), (8, 2, 14, (8, 2)), (7, 7, 14, (7, 7))])
+def test_a_windows_shape_is_found_from_its_table_and_its_map(height, width, window, found):
+    rows = (2 * min(window, height) - 1) * (2 * min(window, width) - 1)
+    assert find_window(rows, height, width) == (0, found)
+    assert find_window(rows + 1, height, width) is None
+
+
+def test_a_window_cut_on_one_axis_only_is_resized_too():
+    source = hierarchical((8, 32), 4).state_dict()  # 2 x 8 tokens: a 2 x 4 window
+    model = hierarchical((32, 32), 4)
+    load_pretrained(model, {"model": source, "args": {"img_size": [8, 32]}}, verbose=False)
+    torch.testing.assert_close(model.state_dict()[BIAS], bicubic(source[BIAS], (3, 7), (7, 7)))
 
 
 # ---- load_pretrained: sizes and contents

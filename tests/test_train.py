@@ -636,6 +636,32 @@ def test_the_last_image_of_a_validation_set_is_not_left_without_a_partner(tmp_pa
     assert math.isfinite(log(tmp_path)[-1]["val_loss"])
 
 
+@pytest.mark.parametrize("flags, word", [(f"{SMALL_MIXMIM} --shift", "without --shift"), ("--model vit_demo --method mixmim", "class token"),
+                                         ("--model vit_demo", "class token")])
+def test_init_from_another_kind_of_encoder_is_refused_where_no_tensor_would_tell(mixed, pretrained, tmp_path, capsys, flags, word):
+    init = pretrained
+    if flags == "--model vit_demo":
+        init = tmp_path / "a"
+        start(f"--task pretrain --method mixmim --model vit_demo {TINY} --epochs 1", init)
+    elif "--shift" in flags:
+        init = mixed
+    with pytest.raises(SystemExit):
+        start(f"--task classify {flags} {'' if '--shift' in flags else MODEL} --data-size 64 --batch-size 8 --init {init / 'checkpoint.pt'}", tmp_path / "b")
+    assert word in capsys.readouterr().err and not (tmp_path / "b").exists()
+
+
+def test_a_validation_set_of_one_image_is_refused_before_the_run(tmp_path, capsys):
+    for part, count in (("train", 8), ("val", 1)):
+        (tmp_path / "set" / part / "cat").mkdir(parents=True)
+        for n in range(count):
+            to_pil_image(Shapes(12).images[n]).save(tmp_path / "set" / part / "cat" / f"{n}.png")
+    flags = f"--task pretrain {SMALL_MIXMIM} --batch-size 4 --epochs 1 --data folder --data-path {tmp_path / 'set'}"
+    with pytest.raises(SystemExit):
+        start(flags, tmp_path / "run")
+    assert "validation set has 1 images" in capsys.readouterr().err and not (tmp_path / "run").exists()
+    start(f"{flags} --fill mask", tmp_path / "run")
+
+
 def test_init_from_a_file_in_maes_layout(tmp_path, capsys):
     import argparse
     encoder = create_vit("vit_demo", embed_dim=32, depth=2, num_heads=2, patch_size=8, num_classes=0).state_dict()
@@ -775,6 +801,8 @@ BAD = [  # flags, a word of the message
     ("--task pretrain --method mixmim --fill mask --single", "--fill mix"),
     (f"{MIXMIM} --batch-size 1", "at least 2"),
     (f"{MIXMIM} --img-size 40", "40"),
+    (f"{MIXMIM} --img-size 16", "img_size"),
+    ("--task classify --method mixmim --model vit_demo --pool cls", "class token"),
     (f"{MIXMIM} --mask-ratio 0.1", "0.1"),
     (f"{MIXMIM} --mask-ratio 1", "mask"),
     (f"{MIXMIM} --window-size 4 4", "window_size"),
