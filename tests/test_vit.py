@@ -508,3 +508,30 @@ def test_the_bf16_kernel_and_its_fp32_detour_agree():
     assert vit.attention(q, k, v).dtype == torch.bfloat16
     long = torch.randn(3, 1, 1, 600, 8).bfloat16()
     close(vit.attention(*long).float(), F.scaled_dot_product_attention(*long.float()), 0.02)
+
+
+@pytest.mark.parametrize("rel_pos_bias", [None, "shared", "block"])
+def test_a_bias_given_to_the_blocks_joins_the_models_own(rel_pos_bias):
+    torch.manual_seed(0)
+    model = ViT(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, rel_pos_bias=rel_pos_bias).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("bias_table"):
+            torch.nn.init.normal_(p)
+    x = model.embed(torch.randn(2, 3, 8, 8))
+    alone = torch.full((5, 5), -torch.inf).fill_diagonal_(0)  # every token sees itself only
+    others = x.clone()
+    others[:, 1:] = torch.randn(2, 4, 16)
+    assert torch.equal(model.forward_blocks(x, bias=alone)[:, 0], model.forward_blocks(others, bias=alone)[:, 0])
+    assert not torch.allclose(model.forward_blocks(x)[:, 0], model.forward_blocks(others)[:, 0])
+    torch.testing.assert_close(model.forward_blocks(x, bias=torch.zeros(5, 5)), model.forward_blocks(x))
+
+
+def test_dropping_the_class_token_leaves_the_patches_positions_and_pools_their_mean():
+    model = ViT(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, num_classes=3)
+    before = model.pos_embed.detach().clone()
+    model.drop_class_token()
+    assert torch.equal(model.pos_embed, before[:, 1:]) and model.pos_embed.requires_grad and model.pool == "mean"
+    assert model.forward_features(torch.randn(2, 3, 8, 8)).shape == (2, 4, 16) and model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    model.drop_class_token()  # nothing left to drop
+    with pytest.raises(ValueError, match="rel_pos_bias=None"):
+        ViT(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, rel_pos_bias="block").drop_class_token()
