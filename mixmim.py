@@ -121,7 +121,7 @@ class WindowAttention(nn.Module):
         if (wh, ww) != self.window:
             index = index.view(*self.window, *self.window)[:wh, :ww, :wh, :ww].reshape(wh * ww, wh * ww)
         table = F.embedding(index.flatten(), self.relative_position_bias_table)  # its backward is faster than indexing's
-        return rearrange(table, "(n m) h -> h n m", n=wh * ww)
+        return rearrange(table, "(n m) h -> h n m", n=wh * ww).contiguous()
 
     def forward(self, x, windows):
         wh, ww = windows.size

@@ -863,7 +863,7 @@ def test_a_training_step_of_mixmim_b_uses_most_of_the_machine(capsys):
         return 3 * 2 * 2048**3 / (time.perf_counter() - start)
 
     shares = []
-    for _ in range(9):
+    for _ in range(13):
         before, start = matmul_rate(), time.perf_counter()
         optimizer.zero_grad()
         model(imgs).loss.backward()
@@ -871,7 +871,7 @@ def test_a_training_step_of_mixmim_b_uses_most_of_the_machine(capsys):
         seconds = time.perf_counter() - start
         shares.append(3 * counter.get_total_flops() / seconds / ((before + matmul_rate()) / 2))  # backward: twice the forward
     torch.set_num_threads(threads)
-    share = statistics.median(shares[3:])
+    share = statistics.median(shares[4:])  # the first steps also fetch the memory
     with capsys.disabled():
         print(f"\nMixMIM-B step: {share:.2f} of the matmul rate {[round(s, 2) for s in shares]}")
-    assert share >= 0.60  # 0.70 on a quiet machine
+    assert share >= 0.70  # on an otherwise idle machine
