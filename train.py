@@ -48,6 +48,9 @@ from masking import mix_mask, num_visible, paste, patch_mean_loss
 from mirl import MIRL
 from mixmim import PRESETS as HIERARCHICAL
 from mixmim import MixMIM, create_mixmim
+from mixer import PRESETS as MIXERS
+from mixer import create_mixer
+from sam import SAM
 from shapes import save_grid
 from vit import create_vit
 
@@ -61,7 +64,8 @@ DEFAULTS = {
         task=None, method="mirl", model="vit_demo", img_size=None, patch_size=None, embed_dim=None, depth=None, num_heads=None,
         window_size=None, shift=False, segments=None, fill="mix", single=False, open_attention=False, mask_per_cycle=False, decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
         data="shapes", data_path=None, data_size=4096, train_images=None, download=False, skip_bad=False, stats=False,
-        accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", seed=0, workers=None,
+        accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", rho=None,
+        adaptive=False, base_optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
         cutmix=0.0, augment=None, check=False),
@@ -76,7 +80,7 @@ DEFAULTS = {
 }
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
-               "optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing", "fill", "single",
+               "optimizer", "rho", "adaptive", "base_optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing", "fill", "single",
                "open_attention", "mask_per_cycle")
 FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when resuming
 
@@ -148,7 +152,10 @@ def parse(argv=None):
     flag("--warmup-epochs", "linear warm-up; default 5 %% of the steps", type=float)
     flag("--clip-grad", "gradient norm; default off", type=float)
     flag("--mask-ratio", "share of patches hidden, in [0, 1); MixMIM: of the partner's, neither none nor all", type=float)
-    flag("--optimizer", "", choices=("adamw", "sgd"))
+    flag("--optimizer", "sam climbs before each step, at twice the cost", choices=("adamw", "sgd", "sam"))
+    flag("--rho", "SAM's radius; default 0.05, adaptive 0.5; the paper's models want 0.02 (ResNet) to 0.6 (Mixer)", type=float)
+    flag("--adaptive", "SAM: a radius that scales with each weight (ASAM)", **switch)
+    flag("--base-optimizer", "what SAM steps with", choices=("adamw", "sgd"))
     flag("--layer-decay", "learning rate factor per block, from the head down", type=float)
     flag("--drop-path", "stochastic depth of the last block", type=float)
     flag("--ema", "decay of the weight average that is evaluated; default off", type=float)
@@ -185,7 +192,7 @@ def resolve(given):
         stage = "tour mixmim"
     args = argparse.Namespace(**{**DEFAULTS["all"], **by_method, **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
-    hierarchical = args.model in HIERARCHICAL
+    hierarchical, mixer = args.model in HIERARCHICAL, args.model in MIXERS
     idle = {"mixup": "--task classify", "cutmix": "--task classify", "label_smoothing": "--task classify",
             "layer_decay": "--task classify", "init": "--task classify"} if args.task == "pretrain" else {}
     if args.method == "mirl":
@@ -194,10 +201,14 @@ def resolve(given):
         idle |= dict.fromkeys(("fill", "single", "open_attention", "mask_per_cycle"), "--task pretrain --method mixmim")
     elif args.fill == "mask":
         idle |= dict.fromkeys(("single", "open_attention"), "--fill mix")
+    if args.optimizer != "sam":
+        idle |= dict.fromkeys(("rho", "adaptive", "base_optimizer"), "--optimizer sam")
     if hierarchical:
         idle |= dict.fromkeys(("depth", "num_heads", "pool"), "a plain ViT")
     else:
         idle |= dict.fromkeys(("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
+    if mixer:
+        idle |= dict.fromkeys(("num_heads", "pool", "checkpointing"), "a ViT")
     for key, place in idle.items():  # nothing that was asked for is silently ignored
         if key in given and given[key] != DEFAULTS["all"][key]:
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
@@ -205,7 +216,9 @@ def resolve(given):
                 "decoder_embed_dim", "decoder_num_heads", "train_images"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
-    for key in ("lr", "blr", "min_lr", "weight_decay", "warmup_epochs", "workers", "seed", "label_smoothing", "mixup", "cutmix",
+    if args.optimizer == "sam" and args.rho is None:
+        args.rho = 0.5 if args.adaptive else 0.05
+    for key in ("lr", "blr", "rho", "min_lr", "weight_decay", "warmup_epochs", "workers", "seed", "label_smoothing", "mixup", "cutmix",
                 "save_minutes", "drop_path", "beta2"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must not be negative")
@@ -224,6 +237,8 @@ def resolve(given):
         raise ValueError("--pool cls needs a class token, which --method mixmim does without; drop one of them")
     if args.window_size is not None and min(args.window_size) < 1:
         raise ValueError(f"--window-size {args.window_size} must be at least 1")
+    if args.task == "pretrain" and mixer:
+        raise ValueError(f"--model {args.model} mixes all tokens and cannot be pre-trained with some of them missing; it goes with --task classify")
     if args.task == "pretrain" and hierarchical and args.method != "mixmim":
         raise ValueError(f"--method {args.method} drops tokens, which windows do not allow: --model {args.model} goes with --method mixmim, "
                          f"--method {args.method} with a plain ViT")
@@ -235,7 +250,9 @@ def resolve(given):
         encoder = build_encoder(args)
     args.img_size, args.patch_size = list(encoder.img_size), encoder.patch_size
     args.embed_dim = encoder.embed_dim
-    if not hierarchical:
+    if mixer:
+        args.depth = len(encoder.blocks)
+    elif not hierarchical:
         args.depth, args.num_heads = len(encoder.blocks), encoder.num_heads
     args.mask_patch_size = encoder.stride  # pixels of what is hidden and predicted
     if args.task == "pretrain":
@@ -265,6 +282,9 @@ def build_encoder(args):
     shared = dict(num_classes=0, drop_path=args.drop_path, checkpointing=args.checkpointing, **sizes)
     if args.model in HIERARCHICAL:
         return create_mixmim(args.model, shift=args.shift, **shared)
+    if args.model in MIXERS:
+        del shared["checkpointing"]
+        return create_mixer(args.model, **shared)
     # a ViT pre-trained by MixMIM never had a class token
     return create_vit(args.model, pool=args.pool, pos_embed="sincos", class_token=args.method != "mixmim", **shared)
 
@@ -276,7 +296,7 @@ def check_origin(args):
         return
     if args.model in HIERARCHICAL and theirs.get("shift", False) != args.shift:
         raise ValueError(f"--init {args.init} was trained {'without' if args.shift else 'with'} --shift; {'drop' if args.shift else 'add'} it")
-    if args.model not in HIERARCHICAL and (theirs.get("method") == "mixmim") != (args.method == "mixmim"):
+    if args.model not in HIERARCHICAL and args.model not in MIXERS and (theirs.get("method") == "mixmim") != (args.method == "mixmim"):
         raise ValueError(f"--init {args.init} was pre-trained by {theirs.get('method')}, and --method {args.method} builds a ViT with"
                          f"{'out' if args.method == 'mixmim' else ''} class token; add --method {theirs.get('method')}")
 
@@ -297,7 +317,7 @@ def build_model(args, num_classes, main_rank=False):
                           dual=not args.single, masked_attention=not args.open_attention, **decoder)
         return MAE(encoder, norm_pix_loss=not args.raw_pixels, **decoder)
     encoder.reset_classifier(num_classes)
-    if args.model not in HIERARCHICAL:
+    if args.model not in HIERARCHICAL and args.model not in MIXERS:
         encoder.pos_embed.requires_grad_(True)
     if args.probe:
         encoder.requires_grad_(False)
@@ -313,7 +333,7 @@ def build_model(args, num_classes, main_rank=False):
 
 def layer_number(name, depths):
     """0 the embedding, 1 .. the blocks, then norm and head; a merging goes with the block it leads to. depths: per stage."""
-    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "stem")):
         return 0
     if name.startswith("blocks."):
         return int(name.split(".")[1]) + 1
@@ -340,10 +360,14 @@ def param_groups(model, args):
 
 def build_optimizer(model, args):
     groups = param_groups(model, args)
-    if args.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=0.0, momentum=0.9)
     fused = next(model.parameters()).device.type in ("cuda", "cpu")
-    return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, args.beta2), fused=fused)
+    kinds = {"sgd": (torch.optim.SGD, dict(lr=0.0, momentum=0.9)),
+             "adamw": (torch.optim.AdamW, dict(lr=0.0, betas=(0.9, args.beta2), fused=fused))}
+    if args.optimizer == "sam":
+        base, options = kinds[args.base_optimizer]
+        return SAM(groups, base, rho=args.rho, adaptive=args.adaptive, **options)
+    kind, options = kinds[args.optimizer]
+    return kind(groups, **options)
 
 
 def lr_at(step, total, warmup, lr, min_lr):
@@ -643,7 +667,7 @@ def run(args, world, folder, stop, command, home=None):
     objective = make_objective(wrapped, args)
 
     # optimizer and schedule
-    optimizer = build_optimizer(learner, args)
+    optimizer, sam = build_optimizer(learner, args), args.optimizer == "sam"
     steps_per_epoch, total_steps, lr, warmup = plan.steps_per_epoch, plan.total_steps, plan.lr, plan.warmup
 
     trainable = sum(p.numel() for p in learner.parameters() if p.requires_grad)
@@ -749,14 +773,17 @@ def run(args, world, folder, stop, command, home=None):
                     loss += part.item()
                 # one decision for all ranks: mean loss, anything non-finite, anyone asked to stop
                 total, bad, stopped = world.sum([loss, float(not math.isfinite(loss)), float(stop.signal is not None)])
-                verdict.update(loss=total / world.size, bad=bad > 0, stopped=stopped > 0)
-                if verdict["bad"]:
-                    optimizer.zero_grad()  # without gradients the step changes nothing
+                # SAM calls twice: the loss that counts is the first, at the weights themselves; a fault in either spoils the step
+                verdict.setdefault("loss", total / world.size)
+                verdict.update(bad=verdict.get("bad", False) or bad > 0, stopped=stopped > 0)
+                if verdict["bad"] and not sam:
+                    optimizer.zero_grad()  # without gradients the step changes nothing; SAM skips a step whose loss is not finite
                 elif args.clip_grad:
                     nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
-                return loss
+                return torch.tensor(math.nan if verdict["bad"] else loss)
 
-            optimizer.step(closure)
+            # under SAM every process climbs with its own share of the batch; only the gradients of the second pass are averaged
+            optimizer.step(closure, **({"model": wrapped} if sam else {}))
             step += 1
             images_seen += len(window) * plan.batch_size * world.size
             if verdict["bad"]:
@@ -772,7 +799,8 @@ def run(args, world, folder, stop, command, home=None):
             if step % LOG_EVERY == 0:
                 speed = images_seen / (time.monotonic() - epoch_start)
                 bar.set_postfix(loss=f"{verdict['loss']:.3f}", lr=f"{now:.1e}", img_s=f"{speed:.0f}")
-                write(step=step, loss=verdict["loss"], lr=now, img_s=speed)
+                more = dict(loss_climbed=optimizer.last["second_loss"], grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                write(step=step, loss=verdict["loss"], lr=now, img_s=speed, **more)
             if verdict["stopped"]:
                 save(epoch)
                 say(f"  stopped at step {step}; continue with --resume --output-dir {home or folder}")

@@ -260,7 +260,10 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(tmp_path, tmp
     assert log(tmp_path) == log(whole)
 
 
-@pytest.mark.parametrize("flags, number, workers", [(f"{MIXED} --accum 3", 2, 0), (f"{MIXMIM} --accum 3", 3, 2), (f"{PRETRAIN} --method mae --accum 3", 5, 2), (MIXED, 5, 2)])
+SAM = f"{CLASSIFY} --optimizer sam --rho 0.1 --drop-path 0.3 --clip-grad 1"
+
+
+@pytest.mark.parametrize("flags, number, workers", [(f"{MIXED} --accum 3", 2, 0), (f"{SAM} --accum 3", 3, 0), (f"{SAM} --base-optimizer sgd", 5, 2), (f"{MIXMIM} --accum 3", 3, 2), (f"{PRETRAIN} --method mae --accum 3", 5, 2), (MIXED, 5, 2)])
 def test_accumulation_and_workers_resume_to_the_same_bits(tmp_path, tmp_path_factory, monkeypatch, flags, number, workers):
     whole = uninterrupted(flags, tmp_path_factory)
     with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -487,6 +490,35 @@ def test_layer_decay_counts_the_blocks_of_all_stages():
     assert seen["layers.1.blocks.0.mlp.fc1.weight"] == (0.5**6, 0.3)
     assert seen["layers.2.blocks.3.norm2.bias"] == (0.5, 0.0)
     assert seen["norm.weight"] == (1.0, 0.0) and seen["head.weight"] == (1.0, 0.3)
+
+
+def test_sam_logs_both_losses_and_trains_other_weights_than_its_base(tmp_path):
+    for name, flags in (("sam", "--optimizer sam --rho 0.1"), ("zero", "--optimizer sam --rho 0"), ("plain", "")):
+        start(f"{CLASSIFY} {flags}", tmp_path / name)
+    lines = [line for line in log(tmp_path / "sam") if "epoch" not in line]
+    assert lines and all(line["loss_climbed"] > line["loss"] and line["grad_norm"] > 0 for line in lines)
+    sam, zero, plain = (checkpoint(tmp_path / name)["model"] for name in ("sam", "zero", "plain"))
+    assert_same_bits(zero, plain)  # rho 0 climbs nowhere
+    assert not torch.equal(sam["blocks.0.attn.qkv.weight"], plain["blocks.0.attn.qkv.weight"])
+
+
+def test_a_non_finite_loss_in_either_of_sams_passes_skips_the_step(tmp_path, monkeypatch):
+    seen = []
+
+    def act(number, model, loss):
+        seen.append(model.head.weight.detach().clone())
+        return loss * math.nan if number in (3, 6) else None  # the first pass of step 2, the second of step 3
+    on_each_loss(monkeypatch, act)
+    start(f"{CLASSIFY} --optimizer sam --rho 0.1 --epochs 1", tmp_path)
+    assert log(tmp_path)[-1]["bad_steps"] == 2
+    assert torch.equal(seen[2], seen[4]) and torch.equal(seen[4], seen[6]) and not torch.equal(seen[6], seen[8])
+
+
+def test_a_mixer_is_trained_and_tuned_from_its_checkpoint(tmp_path, capsys):
+    mixer = "--task classify --model mixer_demo --embed-dim 32 --depth 2 --patch-size 8 --data-size 64 --batch-size 8 --epochs 1"
+    start(mixer, tmp_path / "a")
+    start(f"{mixer} --optimizer sam --layer-decay 0.7 --init {tmp_path / 'a' / 'checkpoint.pt'}", tmp_path / "b")
+    assert "missing: none" in capsys.readouterr().out
 
 
 def test_the_weight_average_matches_hand_computed_values():
@@ -832,6 +864,13 @@ BAD = [  # flags, a word of the message
     (f"{PRETRAIN} --warmup-epochs -1", "warmup-epochs"),
     (f"{PRETRAIN} --clip-grad 0", "clip-grad"),
     (f"{PRETRAIN} --beta2 1.5", "beta2"),
+    (f"{PRETRAIN} --rho 0.1", "--optimizer sam"),
+    (f"{PRETRAIN} --adaptive", "--optimizer sam"),
+    (f"{PRETRAIN} --optimizer sam --rho -0.1", "rho"),
+    (f"{PRETRAIN} --optimizer sam --rho nan", "rho"),
+    ("--task pretrain --model mixer_demo", "--task classify"),
+    ("--task classify --model mixer_demo --pool cls", "a ViT"),
+    ("--task classify --model mixer_demo --img-size 30", "30"),
     (f"{PRETRAIN} --workers -1", "workers"),
     (f"{PRETRAIN} --seed -1", "seed"),
     (f"{PRETRAIN} --seed 99999999999999999999", "seed"),
