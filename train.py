@@ -12,8 +12,8 @@ anywhere, it continues with --resume --output-dir DIR and ends with the weights 
 data order, augmentations, masks and drop path are functions of (seed, epoch or step, index), so
 the position in the run is all the state there is, besides model and optimizer.
 
-Source: recipes of MAE (arXiv 2111.06377), MIRL (arXiv 2309.14136) and MixMIM (arXiv 2205.13137).
-Written from the papers.
+Source: recipes of MAE (arXiv 2111.06377), MIRL (arXiv 2309.14136), MixMIM (arXiv 2205.13137)
+and SAM for ViT and Mixer (arXiv 2106.01548). Written from the papers.
 Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
 """
 
@@ -62,7 +62,8 @@ RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
 DEFAULTS = {
     "all": dict(
         task=None, method="mirl", model="vit_demo", img_size=None, patch_size=None, embed_dim=None, depth=None, num_heads=None,
-        window_size=None, shift=False, segments=None, fill="mix", single=False, open_attention=False, mask_per_cycle=False, decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
+        window_size=None, shift=False, segments=None, fill="mix", single=False, open_attention=False, mask_per_cycle=False,
+        decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
         data="shapes", data_path=None, data_size=4096, train_images=None, download=False, skip_bad=False, stats=False,
         accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", rho=None,
         adaptive=False, base_optimizer="adamw", seed=0, workers=None,
@@ -80,8 +81,8 @@ DEFAULTS = {
 }
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
-               "optimizer", "rho", "adaptive", "base_optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path", "label_smoothing", "fill", "single",
-               "open_attention", "mask_per_cycle")
+               "optimizer", "rho", "adaptive", "base_optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path",
+               "label_smoothing", "fill", "single", "open_attention", "mask_per_cycle")
 FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when resuming
 
 
@@ -117,7 +118,7 @@ def parse(argv=None):
     switch = dict(action="store_true")
     flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
     flag("--method", "pre-training objective; classify: mixmim builds ViTs without class token, as it pre-trains them", choices=("mae", "mirl", "mixmim"))
-    flag("--model", "preset of vit.py or mixmim.py; without --task this also drops the small sizes of the default run")
+    flag("--model", "preset of vit.py, mixmim.py or mixer.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
@@ -686,7 +687,9 @@ def run(args, world, folder, stop, command, home=None):
         names = {True: [], False: []}
         for name, param in model.named_parameters():
             names[param.requires_grad].append(name.split(".")[0])
-        pooling = "norm, mean of tokens" if args.model in HIERARCHICAL else "class token, norm" if args.pool == "cls" else "mean of patch tokens, fc_norm"
+        pooling = "class token, norm" if args.pool == "cls" else "mean of patch tokens, fc_norm"
+        if args.model in HIERARCHICAL or args.model in MIXERS:
+            pooling = "norm, mean of tokens"
         table = "; ".join(f"{'trainable' if on else 'frozen'}: {', '.join(dict.fromkeys(names[on])) or 'nothing'}" for on in (True, False))
         say(f"  {table}; pooling: {pooling}")
         if not args.init:
