@@ -162,10 +162,11 @@ class Images(Dataset):
 
     source    source[i] -> (uint8 image (3, H, W), label); has classes
     indices   which of the source's images make up this set, None for all
+    views     above 1: image is (views, C, H, W), independent draws of the transform
     """
 
-    def __init__(self, source, transform, seed=0, indices=None, noise_size=0):
-        self.source, self.transform, self.seed, self.noise_size = source, transform, seed, noise_size
+    def __init__(self, source, transform, seed=0, indices=None, noise_size=0, views=1):
+        self.source, self.transform, self.seed, self.noise_size, self.views = source, transform, seed, noise_size, views
         self.indices = range(len(source)) if indices is None else indices
 
     def __len__(self):
@@ -176,6 +177,8 @@ class Images(Dataset):
         with seeded(self.seed, epoch, index):
             noise = torch.rand(self.noise_size)  # first, so that the mask does not hang on the augmentation
             image, label = self.source[self.indices[index]]
+            if self.views > 1:
+                return torch.stack([self.transform(image) for _ in range(self.views)]), label, noise
             return self.transform(image), label, noise
 
 

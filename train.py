@@ -50,8 +50,12 @@ from mixmim import PRESETS as HIERARCHICAL
 from mixmim import MixMIM, create_mixmim
 from mixer import PRESETS as MIXERS
 from mixer import create_mixer
-from sam import SAM
+from resnet import PRESETS as RESNETS
+from resnet import create_resnet
+from robust import corruption_accuracy, fgsm, mean_accuracy, pgd
+from sam import SAM, batchnorm_held
 from shapes import save_grid
+from supcon import SupCon
 from vit import create_vit
 
 LOG_EVERY = 10  # steps
@@ -69,7 +73,8 @@ DEFAULTS = {
         adaptive=False, base_optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
-        cutmix=0.0, augment=None, check=False),
+        cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1, eval_corruptions=False, eval_pgd=False,
+        check=False),
     "mixmim": dict(model="mixmim_demo", mask_ratio=0.5),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
     "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
@@ -118,7 +123,7 @@ def parse(argv=None):
     switch = dict(action="store_true")
     flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
     flag("--method", "pre-training objective; classify: mixmim builds ViTs without class token, as it pre-trains them", choices=("mae", "mirl", "mixmim"))
-    flag("--model", "preset of vit.py, mixmim.py or mixer.py; without --task this also drops the small sizes of the default run")
+    flag("--model", "preset of vit.py, mixmim.py, mixer.py or resnet.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
@@ -143,11 +148,13 @@ def parse(argv=None):
     flag("--stats", "measure mean and std on the data instead of taking the set's own", **switch)
     flag("--augment", "default padcrop up to 64 px, mae (pretrain) or inception (classify) above", choices=AUGMENTATIONS)
     flag("--epochs", "passes over the training images", type=int)
+    flag("--eval-every", "epochs between evaluations; the last epoch always has one", type=int)
     flag("--batch-size", "images per process and micro-batch", type=int)
     flag("--accum", "micro-batches per step", type=int)
     flag("--blr", "learning rate per 256 images of effective batch", type=float)
     flag("--lr", "the learning rate itself, instead of --blr", type=float)
-    flag("--min-lr", "end of the cosine", type=float)
+    flag("--schedule", "how the learning rate falls after warm-up", choices=("cosine", "linear"))
+    flag("--min-lr", "where it ends", type=float)
     flag("--weight-decay", "not on biases and norms", type=float)
     flag("--beta2", "AdamW's second beta", type=float)
     flag("--warmup-epochs", "linear warm-up; default 5 %% of the steps", type=float)
@@ -164,6 +171,11 @@ def parse(argv=None):
     flag("--mixup", "alpha, 0 is off", type=float)
     flag("--cutmix", "alpha, 0 is off; with both, one of them per batch", type=float)
     flag("--pool", "what the classifier reads", choices=("mean", "cls"))
+    flag("--loss", "classify; supcon: two views and a projection head instead of a classifier, to be judged with --probe", choices=("cross-entropy", "supcon"))
+    flag("--adversarial", "classify: train on FGSM attacks from a random start", **switch)
+    flag("--attack-eps", "how far --adversarial and --eval-pgd may move a pixel, in 255ths", type=float)
+    flag("--eval-corruptions", "classify: at the end, accuracy on six kinds of corruption at five severities", **switch)
+    flag("--eval-pgd", "classify: at the end, accuracy under ten steps of attack", **switch)
     flag("--probe", "freeze all but the head; the features are computed once, without augmentation", **switch)
     flag("--init", "checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, MIRL, MixMIM")
     flag("--seed", "", type=int)
@@ -193,9 +205,16 @@ def resolve(given):
         stage = "tour mixmim"
     args = argparse.Namespace(**{**DEFAULTS["all"], **by_method, **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
-    hierarchical, mixer = args.model in HIERARCHICAL, args.model in MIXERS
+    hierarchical, mixer, resnet = (args.model in presets for presets in (HIERARCHICAL, MIXERS, RESNETS))
     idle = {"mixup": "--task classify", "cutmix": "--task classify", "label_smoothing": "--task classify",
-            "layer_decay": "--task classify", "init": "--task classify"} if args.task == "pretrain" else {}
+            "layer_decay": "--task classify", "init": "--task classify", "loss": "--task classify", "adversarial": "--task classify",
+            "eval_corruptions": "--task classify", "eval_pgd": "--task classify"} if args.task == "pretrain" else {}
+    if args.probe:
+        idle |= dict.fromkeys(("loss", "adversarial", "eval_corruptions", "eval_pgd"), "a whole model in training, not --probe,")
+    if args.loss == "supcon":
+        idle |= dict.fromkeys(("mixup", "cutmix", "label_smoothing", "adversarial", "eval_corruptions", "eval_pgd"), "--loss cross-entropy")
+    if not (args.adversarial or args.eval_pgd):
+        idle["attack_eps"] = "--adversarial or --eval-pgd"
     if args.method == "mirl":
         idle["raw_pixels"] = "--method mae or mixmim"
     if args.task != "pretrain" or args.method != "mixmim":
@@ -210,10 +229,12 @@ def resolve(given):
         idle |= dict.fromkeys(("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
     if mixer:
         idle |= dict.fromkeys(("num_heads", "pool", "checkpointing"), "a ViT")
+    if resnet:
+        idle |= dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads", "pool", "checkpointing", "drop_path", "layer_decay"), "a ViT or a Mixer")
     for key, place in idle.items():  # nothing that was asked for is silently ignored
         if key in given and given[key] != DEFAULTS["all"][key]:
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
-    for key in ("batch_size", "accum", "epochs", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
+    for key in ("batch_size", "accum", "epochs", "eval_every", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
                 "decoder_embed_dim", "decoder_num_heads", "train_images"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
@@ -223,7 +244,7 @@ def resolve(given):
                 "save_minutes", "drop_path", "beta2"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must not be negative")
-    for key in ("clip_grad", "ema", "layer_decay", "tflops"):
+    for key in ("clip_grad", "ema", "layer_decay", "tflops", "attack_eps"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be positive")
     for key in ("drop_path", "label_smoothing", "ema", "beta2"):
@@ -238,8 +259,12 @@ def resolve(given):
         raise ValueError("--pool cls needs a class token, which --method mixmim does without; drop one of them")
     if args.window_size is not None and min(args.window_size) < 1:
         raise ValueError(f"--window-size {args.window_size} must be at least 1")
-    if args.task == "pretrain" and mixer:
-        raise ValueError(f"--model {args.model} mixes all tokens and cannot be pre-trained with some of them missing; it goes with --task classify")
+    if args.attack_eps > 255:
+        raise ValueError(f"--attack-eps {args.attack_eps:g} is in 255ths of the range of a pixel and must be at most 255; try 4")
+    if args.adversarial and args.augment == "strong":
+        raise ValueError("--augment strong erases with noise beyond the range of a pixel, within which --adversarial moves; take --augment inception")
+    if args.task == "pretrain" and (mixer or resnet):
+        raise ValueError(f"--model {args.model} has no tokens to leave out and cannot be pre-trained by --method {args.method}; it goes with --task classify")
     if args.task == "pretrain" and hierarchical and args.method != "mixmim":
         raise ValueError(f"--method {args.method} drops tokens, which windows do not allow: --model {args.model} goes with --method mixmim, "
                          f"--method {args.method} with a plain ViT")
@@ -249,13 +274,14 @@ def resolve(given):
         raise ValueError(f"--img-size takes one number or H W, got {args.img_size}")
     with torch.device("meta"):  # no weights are made; the model's own checks run, and its sizes become the flags
         encoder = build_encoder(args)
-    args.img_size, args.patch_size = list(encoder.img_size), encoder.patch_size
-    args.embed_dim = encoder.embed_dim
-    if mixer:
+    args.img_size = list(encoder.img_size)
+    if not resnet:
+        args.patch_size, args.embed_dim = encoder.patch_size, encoder.embed_dim
+        args.mask_patch_size = encoder.stride  # pixels of what is hidden and predicted
+    if not hierarchical and not resnet:
         args.depth = len(encoder.blocks)
-    elif not hierarchical:
-        args.depth, args.num_heads = len(encoder.blocks), encoder.num_heads
-    args.mask_patch_size = encoder.stride  # pixels of what is hidden and predicted
+    if not hierarchical and not resnet and not mixer:
+        args.num_heads = encoder.num_heads
     if args.task == "pretrain":
         places = math.prod(side // encoder.stride for side in encoder.img_size)
         if args.method == "mixmim":
@@ -276,6 +302,10 @@ def resolve(given):
 # ---------------------------------------------------------------------------- models
 
 
+def is_vit(args):
+    return not any(args.model in presets for presets in (HIERARCHICAL, MIXERS, RESNETS))
+
+
 def build_encoder(args):
     sizes = {key: getattr(args, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "window_size") if getattr(args, key) is not None}
     if args.img_size is not None:
@@ -286,6 +316,8 @@ def build_encoder(args):
     if args.model in MIXERS:
         del shared["checkpointing"]
         return create_mixer(args.model, **shared)
+    if args.model in RESNETS:
+        return create_resnet(args.model, num_classes=0, **{key: sizes[key] for key in sizes if key == "img_size"})
     # a ViT pre-trained by MixMIM never had a class token
     return create_vit(args.model, pool=args.pool, pos_embed="sincos", class_token=args.method != "mixmim", **shared)
 
@@ -297,7 +329,7 @@ def check_origin(args):
         return
     if args.model in HIERARCHICAL and theirs.get("shift", False) != args.shift:
         raise ValueError(f"--init {args.init} was trained {'without' if args.shift else 'with'} --shift; {'drop' if args.shift else 'add'} it")
-    if args.model not in HIERARCHICAL and args.model not in MIXERS and (theirs.get("method") == "mixmim") != (args.method == "mixmim"):
+    if is_vit(args) and (theirs.get("method") == "mixmim") != (args.method == "mixmim"):
         raise ValueError(f"--init {args.init} was pre-trained by {theirs.get('method')}, and --method {args.method} builds a ViT with"
                          f"{'out' if args.method == 'mixmim' else ''} class token; add --method {theirs.get('method')}")
 
@@ -317,9 +349,11 @@ def build_model(args, num_classes, main_rank=False):
             return MixMIM(encoder, norm_pix_loss=not args.raw_pixels, mask_per_cycle=args.mask_per_cycle, fill=args.fill,
                           dual=not args.single, masked_attention=not args.open_attention, **decoder)
         return MAE(encoder, norm_pix_loss=not args.raw_pixels, **decoder)
-    encoder.reset_classifier(num_classes)
-    if args.model not in HIERARCHICAL and args.model not in MIXERS:
+    if is_vit(args):
         encoder.pos_embed.requires_grad_(True)
+    if args.loss == "supcon":
+        return SupCon(encoder)
+    encoder.reset_classifier(num_classes)
     if args.probe:
         encoder.requires_grad_(False)
         # MAE's probe: the parameter-free normalisation makes one learning rate fit features of any scale
@@ -371,11 +405,13 @@ def build_optimizer(model, args):
     return kind(groups, **options)
 
 
-def lr_at(step, total, warmup, lr, min_lr):
-    """Linear warm-up, then half a cosine down to min_lr."""
+def lr_at(step, total, warmup, lr, min_lr, schedule="cosine"):
+    """Linear warm-up, then half a cosine, or a straight line, down to min_lr."""
     if step < warmup:
         return lr * step / warmup
-    return min_lr + (lr - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup)))
+    done = (step - warmup) / max(1, total - warmup)
+    left = 1 - done if schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return min_lr + (lr - min_lr) * left
 
 
 class Plan(NamedTuple):
@@ -410,15 +446,23 @@ def mask_noise(noise, args):
     return noise[0] if args.method == "mixmim" and not args.mask_per_cycle else noise
 
 
-def make_objective(model, args):
-    """(images, labels, noise) -> scalar loss; the only place where the tasks differ during a step."""
+def make_objective(model, args, bare=None, mean=0.0, std=1.0):
+    """(images, labels, noise) -> scalar loss; the only place where the tasks differ during a step.
+
+    bare  the model without its wrappers, for attacks; mean, std: how images are normalised
+    """
     if args.task == "pretrain":
         return lambda images, labels, noise: model(images, args.mask_ratio, mask_noise(noise, args)).loss
+    if args.loss == "supcon":
+        return lambda views, labels, noise: model(views, labels).loss  # each process contrasts within its own images
     mixes = [make(alpha=alpha, num_classes=args.num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
     mix = v2.RandomChoice(mixes) if mixes else lambda images, labels: (images, labels)
 
     def objective(images, labels, noise):
         images, labels = mix(images, labels)
+        if args.adversarial:
+            with batchnorm_held(bare):  # its statistics are those of the images trained on
+                images = fgsm(bare, images, labels, args.attack_eps / 255, mean=mean, std=std)
         return F.cross_entropy(model(images).float(), labels, label_smoothing=args.label_smoothing)
 
     return objective
@@ -463,6 +507,12 @@ class World:
             dist.all_gather_object(values, value)
         return values
 
+    def share(self, tensors):
+        """Rank 0's values for all."""
+        if self.size > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor, 0)
+
     def say(self, *words):
         if self.rank == 0:
             tqdm.write(" ".join(map(str, words)))
@@ -485,6 +535,8 @@ def evaluate(model, loader, args, world, autocast):
         with autocast:
             if args.task == "pretrain":
                 loss += model(images, args.mask_ratio, mask_noise(noise, args)).loss.item() * len(images)
+            elif args.loss == "supcon":
+                loss += model(images[:, None], labels).loss.item() * len(images)  # one view: the positives are others of the class
             else:
                 logits = model(images).float()
                 loss += F.cross_entropy(logits, labels, reduction="sum").item()
@@ -493,7 +545,31 @@ def evaluate(model, loader, args, world, autocast):
     model.train()
     loss, correct, count = world.sum([loss, correct, count])
     result = {"val_loss": loss / count}
-    return result if args.task == "pretrain" else {**result, "val_acc": 100 * correct / count}
+    return result if args.task == "pretrain" or args.loss == "supcon" else {**result, "val_acc": 100 * correct / count}
+
+
+def evaluate_robustness(model, loader, args, world, autocast, mean, std):
+    """corrupted_acc and pgd_acc in percent, where asked for. The random numbers begin anew with each batch of the loader."""
+    model.eval()
+    right, count, pixels = {}, 0, dict(mean=mean, std=std)
+    for images, labels, _ in tqdm(loader, desc="robustness", leave=False, disable=None if world.rank == 0 else True):
+        images, labels = images.to(world.device), labels.to(world.device)
+        found = {}
+        with autocast:
+            if args.eval_corruptions:
+                table = corruption_accuracy(model, images, labels, batch_size=len(images), seed=args.seed, **pixels)
+                found = {"corrupted_acc": mean_accuracy(table), **{f"corrupted_acc_{name}": mean_accuracy({name: row}) for name, row in table.items()}}
+            if args.eval_pgd:
+                generator = torch.Generator().manual_seed(args.seed)
+                attacked = pgd(model, images, labels, args.attack_eps / 255, generator=generator, **pixels)
+                with torch.no_grad():
+                    found["pgd_acc"] = (model(attacked).argmax(dim=1) == labels).float().mean().item()
+        right = {key: right.get(key, 0.0) + share * len(images) for key, share in found.items()}
+        count += len(images)
+    model.train()
+    keys = world.gather(list(right))[0]  # a rank may have had no images
+    *sums, count = world.sum([right.get(key, 0.0) for key in keys] + [count])
+    return {key: 100 * value / count for key, value in zip(keys, sums, strict=True)}
 
 
 @torch.no_grad()
@@ -631,7 +707,8 @@ def run(args, world, folder, stop, command, home=None):
         getattr(some, "images", None)  # shapes: draw a small set now, once, before loading processes copy it
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
     noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
-    train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size)
+    train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
+                       views=2 if args.loss == "supcon" else 1)
     plain = augmentation("none", args.img_size, mean, std)
     val_set = None if val_source is None else Images(val_source, plain, args.seed, None, noise_size)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
@@ -665,7 +742,7 @@ def run(args, world, folder, stop, command, home=None):
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=[device.index] if device.type == "cuda" else None)
-    objective = make_objective(wrapped, args)
+    objective = make_objective(wrapped, args, learner, mean, std)
 
     # optimizer and schedule
     optimizer, sam = build_optimizer(learner, args), args.optimizer == "sam"
@@ -688,8 +765,8 @@ def run(args, world, folder, stop, command, home=None):
         for name, param in model.named_parameters():
             names[param.requires_grad].append(name.split(".")[0])
         pooling = "class token, norm" if args.pool == "cls" else "mean of patch tokens, fc_norm"
-        if args.model in HIERARCHICAL or args.model in MIXERS:
-            pooling = "norm, mean of tokens"
+        if not is_vit(args):
+            pooling = "mean over places" if args.model in RESNETS else "norm, mean of tokens"
         table = "; ".join(f"{'trainable' if on else 'frozen'}: {', '.join(dict.fromkeys(names[on])) or 'nothing'}" for on in (True, False))
         say(f"  {table}; pooling: {pooling}")
         if not args.init:
@@ -755,16 +832,16 @@ def run(args, world, folder, stop, command, home=None):
                    disable=None if main_rank else True)
         epoch_start, data_seconds, images_seen = time.monotonic(), 0.0, 0
         for _ in bar:
-            now = lr_at(step, total_steps, warmup, lr, args.min_lr)
+            now = lr_at(step, total_steps, warmup, lr, args.min_lr, args.schedule)
             for group in optimizer.param_groups:
                 group["lr"] = now * group["lr_scale"]
             waited = time.monotonic()
             window = [[t.to(device, non_blocking=True) for t in batch] for batch in itertools.islice(batches, args.accum)]
             data_seconds += time.monotonic() - waited
-            torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + world.rank)  # drop path, mixup
             verdict = {}
 
             def closure():
+                torch.manual_seed((args.seed * 1_000_003 + step) * 1_009 + world.rank)  # drop path, mixup, attacks: alike in both passes of SAM
                 optimizer.zero_grad()
                 loss = 0.0
                 for n, batch in enumerate(window, start=1):
@@ -814,10 +891,15 @@ def run(args, world, folder, stop, command, home=None):
 
         seconds = time.monotonic() - epoch_start
         judged = ema.module if ema else learner
-        line = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / max(1, loss_count), lr=lr_at(step - 1, total_steps, warmup, lr, args.min_lr),
+        line = dict(epoch=epoch + 1, step=step, train_loss=loss_sum / max(1, loss_count),
+                    lr=lr_at(step - 1, total_steps, warmup, lr, args.min_lr, args.schedule),
                     img_s=images_seen / seconds, data_share=data_seconds / seconds, bad_steps=bad_steps)
-        if val_loader is not None:  # its truth value would be its length, which may be 0 on one rank only
+        due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
+        if due and val_loader is not None:  # its truth value would be its length, which may be 0 on one rank only
+            world.share(judged.buffers())  # each rank's BatchNorm has seen its own last batch
             line.update(evaluate(judged, val_loader, args, world, autocast))
+            if epoch + 1 == args.epochs and (args.eval_corruptions or args.eval_pgd):
+                line.update(evaluate_robustness(judged, val_loader, args, world, autocast, mean, std))
         if isinstance(source, Folder) and int(source.bad.sum()):
             line["skipped_images"] = int(source.bad.sum())
         write(**line)
@@ -862,7 +944,9 @@ def dry_run(args, world):
             return tensor
 
         count = 2 if args.task == "pretrain" and args.method == "mixmim" else 1  # a pair, where images are mixed
-        batch = torch.empty(count, model.encoder.in_chans if args.task == "pretrain" else model.in_chans, *args.img_size)
+        batch = torch.empty(count, getattr(model, "encoder", model).in_chans, *args.img_size)
+        if args.loss == "supcon":  # two views an image; the comparison of all views costs next to nothing
+            model, batch = nn.Sequential(model.encoder, model.head), batch.repeat(2, 1, 1, 1)
         if args.probe:
             model.eval()
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):

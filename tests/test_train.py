@@ -78,8 +78,8 @@ def on_each_loss(monkeypatch, act):
     """Call act(number, model, loss) at every micro-batch, counted from 1; a returned tensor replaces the loss."""
     make, count = train.make_objective, [0]
 
-    def make_objective(model, args):
-        objective = make(model, args)
+    def make_objective(model, *rest):
+        objective = make(model, *rest)
 
         def wrapped(*batch):
             count[0] += 1
@@ -521,6 +521,102 @@ def test_a_mixer_is_trained_and_tuned_from_its_checkpoint(tmp_path, capsys):
     assert "missing: none" in capsys.readouterr().out
 
 
+RESNET = "--task classify --model resnet8 --data-size 64 --batch-size 8 --epochs 1"
+
+
+def test_a_resnet_is_trained_with_sam_and_tuned_from_its_checkpoint(tmp_path, capsys):
+    start(f"{RESNET} --optimizer sam --base-optimizer sgd --lr 0.05", tmp_path / "a")
+    start(f"{RESNET} --init {tmp_path / 'a' / 'checkpoint.pt'}", tmp_path / "b")
+    assert "missing: none" in capsys.readouterr().out
+    assert checkpoint(tmp_path / "a")["model"]["bn1.num_batches_tracked"] == 8  # once a step, though SAM passes twice
+
+
+def test_the_second_pass_of_sam_sees_the_same_mixed_images_as_the_first(tmp_path, monkeypatch):
+    seen = []
+    real = train.F.cross_entropy
+
+    def watched(logits, labels, **options):
+        if labels.is_floating_point():
+            seen.append(labels.detach().clone())
+        return real(logits, labels, **options)
+    monkeypatch.setattr(train.F, "cross_entropy", watched)
+    start(f"{CLASSIFY} --epochs 1 --optimizer sam --mixup 0.8", tmp_path)
+    assert len(seen) == 16 and all(torch.equal(a, b) for a, b in zip(seen[::2], seen[1::2]))
+    assert not torch.equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize("model", [MODEL, "--model resnet8", "--model mixer_demo --patch-size 8 --embed-dim 32 --depth 2"])
+def test_supervised_contrast_trains_an_encoder_that_can_be_probed(tmp_path, capsys, model):
+    sizes = "--data-size 64 --batch-size 16"
+    start(f"--task classify {model} {sizes} --epochs 2 --loss supcon", tmp_path / "a")
+    lines = log(tmp_path / "a")
+    assert "val_acc" not in lines[-1] and 0 < lines[-1]["val_loss"] < 10
+    start(f"--task classify {model} {sizes} --epochs 2 --probe --init {tmp_path / 'a' / 'checkpoint.pt'}", tmp_path / "b")
+    assert "missing: none" in capsys.readouterr().out and "val_acc" in log(tmp_path / "b")[-1]
+    trained, probed = (checkpoint(tmp_path / name)["model"] for name in "ab")
+    assert all(torch.equal(probed[name.removeprefix("encoder.")], value) for name, value in trained.items() if name.startswith("encoder."))
+
+
+def test_supervised_contrast_gets_two_different_views_of_each_image(tmp_path, monkeypatch):
+    seen = []
+    forward = train.SupCon.forward
+    monkeypatch.setattr(train.SupCon, "forward", lambda self, views, labels=None: seen.append(views) or forward(self, views, labels))
+    start(f"{CLASSIFY} --loss supcon --epochs 1", tmp_path)
+    assert seen[0].shape == (8, 2, 3, 32, 32) and not torch.equal(seen[0][:, 0], seen[0][:, 1])
+
+
+def test_the_adversarial_objective_is_the_loss_on_fgsms_images():
+    args = train.resolve(train.parse(f"{CLASSIFY} --model resnet8 --adversarial --attack-eps 6".replace(MODEL, "").split()))
+    args.num_classes = 10
+    torch.manual_seed(0)
+    model = train.build_model(args, 10)
+    pixels, labels, scale = torch.rand(8, 3, 32, 32), torch.arange(8), dict(mean=(0.4, 0.5, 0.6), std=(0.2, 0.3, 0.2))
+    imgs = train.v2.functional.normalize(pixels, **scale)
+    before = model.bn1.running_mean.clone()
+    torch.manual_seed(1)
+    loss = train.make_objective(model, args, model, *scale.values())(imgs, labels, None)
+    moved = model.bn1.running_mean.clone()
+    with torch.no_grad():
+        model.bn1.running_mean.copy_(before)
+    torch.manual_seed(1)
+    attacked = train.fgsm(model, imgs, labels, 6 / 255, **scale)
+    with torch.no_grad():
+        model.bn1.running_mean.copy_(before)
+    torch.testing.assert_close(loss, F.cross_entropy(model(attacked), labels))
+    torch.testing.assert_close(model.bn1.running_mean, moved)  # once, by the attacked images: the attack itself leaves no trace
+    args.adversarial = False
+    assert loss > train.make_objective(model, args)(imgs, labels, None)
+
+
+def test_robustness_at_the_end_is_what_the_functions_say_of_the_saved_model(tmp_path):
+    start(f"{RESNET} --epochs 2 --eval-corruptions --eval-pgd --attack-eps 2", tmp_path)
+    first, last = [line for line in log(tmp_path) if "epoch" in line]
+    assert "pgd_acc" not in first and "corrupted_acc" not in first
+    args = train.resolve(train.parse(RESNET.split()))
+    model = train.build_model(args, 10).eval()
+    model.load_state_dict(checkpoint(tmp_path)["model"])
+    scenes = open_source("shapes", None, False, (32, 32), size=64)
+    plain, table, right = augmentation("none", (32, 32), Shapes.mean, Shapes.std), [], 0
+    for first in (0, 8):  # the batches of the run
+        imgs, labels = default_collate([(plain(scenes[i][0]), scenes[i][1]) for i in range(first, first + 8)])
+        scale = dict(mean=Shapes.mean, std=Shapes.std)
+        table.append(train.mean_accuracy(train.corruption_accuracy(model, imgs, labels, batch_size=8, **scale)))
+        attacked = train.pgd(model, imgs, labels, 2 / 255, generator=torch.Generator().manual_seed(0), **scale)
+        right += (model(attacked).argmax(1) == labels).sum().item()
+    assert last["corrupted_acc"] == pytest.approx(100 * sum(table) / 2, abs=1e-3)
+    assert last["pgd_acc"] == pytest.approx(100 * right / 16, abs=1e-3)
+
+
+def test_evaluation_may_be_rarer_than_epochs(tmp_path):
+    start(f"{CLASSIFY} --epochs 5 --eval-every 2", tmp_path)
+    assert [line["epoch"] for line in log(tmp_path) if "val_acc" in line] == [2, 4, 5]
+
+
+def test_the_linear_schedule_matches_hand_computed_values():
+    values = [train.lr_at(step, 100, 10, 1.0, 0.1, "linear") for step in (5, 10, 55, 100)]
+    assert values == pytest.approx([0.5, 1.0, 0.55, 0.1])
+
+
 def test_the_weight_average_matches_hand_computed_values():
     update = train.ema_update(0.9)
     for step, expected in ((0, 1.9), (8, 1.5), (10_000, 1.1)):  # d = 0.1, 9/18, and the limit 0.9
@@ -719,7 +815,8 @@ def dry_run(flags, capsys, tmp_path, monkeypatch):
     ("--model vit_b16 --task classify --img-size 224 --data folder --train-images 1281167", "17.564 G"),
     ("--model vit_b16 --task pretrain --method mae --img-size 224 --decoder-embed-dim 512 --decoder-depth 8 --decoder-num-heads 16 --data cifar10",
      "9.781 G"),
-    ("--model mixmim_b --task classify --data folder --train-images 1281167", "16.316 G")])
+    ("--model mixmim_b --task classify --data folder --train-images 1281167", "16.316 G"),
+    ("--model resnet50 --task classify --data folder --train-images 1281167", "4.089 G")])  # as torchvision's documentation has it
 def test_a_dry_run_prints_the_golden_multiply_adds_and_touches_nothing(tmp_path, capsys, monkeypatch, flags, expected):
     out = dry_run(flags, capsys, tmp_path, monkeypatch)
     assert expected in out
@@ -871,6 +968,22 @@ BAD = [  # flags, a word of the message
     ("--task pretrain --model mixer_demo", "--task classify"),
     ("--task classify --model mixer_demo --pool cls", "a ViT"),
     ("--task classify --model mixer_demo --img-size 30", "30"),
+    ("--task pretrain --model resnet18", "--task classify"),
+    ("--task classify --model resnet50 --depth 3", "a ViT or a Mixer"),
+    ("--task classify --model resnet8 --layer-decay 0.7", "a ViT or a Mixer"),
+    (f"{PRETRAIN} --loss supcon", "--task classify"),
+    (f"{PRETRAIN} --adversarial", "--task classify"),
+    (f"{PRETRAIN} --eval-pgd", "--task classify"),
+    (f"{CLASSIFY} --loss hinge", "hinge"),
+    (f"{CLASSIFY} --loss supcon --mixup 0.8", "--loss cross-entropy"),
+    (f"{CLASSIFY} --loss supcon --adversarial", "--loss cross-entropy"),
+    (f"{CLASSIFY} --probe --eval-corruptions", "--probe"),
+    (f"{CLASSIFY} --attack-eps 2", "--eval-pgd"),
+    (f"{CLASSIFY} --adversarial --attack-eps -1", "attack-eps"),
+    (f"{CLASSIFY} --eval-pgd --attack-eps 300", "255"),
+    (f"{CLASSIFY} --adversarial --augment strong", "strong"),
+    (f"{CLASSIFY} --eval-every 0", "eval-every"),
+    (f"{PRETRAIN} --schedule exponential", "exponential"),
     (f"{PRETRAIN} --workers -1", "workers"),
     (f"{PRETRAIN} --seed -1", "seed"),
     (f"{PRETRAIN} --seed 99999999999999999999", "seed"),
@@ -979,6 +1092,8 @@ JOBS = {
     "classify": f"--task classify {FEW}",
     "accum": f"--task classify {FEW} --blr 0.002 --accum 2",
     "probe": f"--task classify --probe {FEW}",
+    "resnet": f"--task classify --model resnet8 --data-size 84 --epochs 1 --optimizer sam --base-optimizer sgd {FLAT} --eval-pgd --eval-corruptions",
+    "supcon": f"--task classify --loss supcon {FEW}",
     "default": f"--segments 2 {MODEL} --data-size 512 --epochs 1 --accum 2 --blr 0.004",
 }
 
@@ -1014,6 +1129,24 @@ def test_one_process_and_two_agree(two_processes, tmp_path, monkeypatch, job):
     assert one[-1].get("val_acc") == two[-1].get("val_acc")
     weights, others = (checkpoint(folder)["model"] for folder in (tmp_path, two_processes[0] / job))
     assert_close(weights, others, 1e-5)
+
+
+@pytest.mark.parametrize("job", ["resnet", "supcon"])
+def test_two_processes_judge_the_checkpoint_they_save(two_processes, tmp_path, job):
+    """Each has batches of its own, so the weights differ from one process's; but all must judge the same BatchNorm statistics."""
+    last, saved = log(two_processes[0] / job)[-1], checkpoint(two_processes[0] / job)
+    args = train.resolve(train.parse(JOBS[job].split()))
+    model = train.build_model(args, 10)
+    model.load_state_dict(saved["model"])
+    scenes, plain = open_source("shapes", None, False, (32, 32), size=84), augmentation("none", (32, 32), Shapes.mean, Shapes.std)
+    if job == "supcon":  # a loss within the batches of each process
+        assert last["val_loss"] > 0
+        return
+    loader = train.make_loader(Images(scenes, plain), train.EvalBatches(21, 8), 0, torch.device("cpu"))
+    world = train.World("cpu")
+    judged = train.evaluate(model, loader, args, world, train.nullcontext())
+    assert last["val_loss"] == pytest.approx(judged["val_loss"], abs=1e-5) and last["val_acc"] == pytest.approx(judged["val_acc"], abs=1e-3)
+    assert 0 <= last["pgd_acc"] <= last["val_acc"] + 1e-6 and 0 <= last["corrupted_acc"] <= 100
 
 
 def test_two_processes_report_the_effective_batch_of_both(two_processes):
