@@ -43,6 +43,7 @@ FORMATS = {  # what each source was trained with; nothing of this can be read fr
     "BEiT": "input mean/std 0.5 by default in its code (a flag chose ImageNet's); heads B 12, L 16",
     "MIRL": "input ImageNet mean/std; heads S 12, B 12; fixed sin-cos positions, column first",
     "MixMIM": "input ImageNet mean/std; layer norm eps 1e-5",
+    "torchvision": "a ResNet; input ImageNet mean/std",
     "ours": "input and heads as in the run's args.json",
 }
 CONTAINERS = ("model", "state_dict", "module", "model_ema")  # the first one found is read
@@ -132,6 +133,7 @@ def convert(state_dict):
             ("DeiT distilled", r"dist_token$"),
             ("timm", r"blocks\.\d+\.ls1\."),
             ("MAE", r"decoder_pred\."),
+            ("torchvision", r"layer1\.0\.conv1\."),
         ) if has(pattern)), "MAE or timm"), ""
 
     converted, dropped = {}, []

@@ -6,11 +6,11 @@ minimisation (sam.py) leads them out. Each function here takes a finished model 
 measures one thing. H is the Hessian of the loss, g its gradient, w the weights.
 
     H v = d/dw (g . v)                                  (1)   a second backward pass; H itself is never formed
-    lambda = v . H v,  v <- extreme in span(v, H v)     (2)   |v| = 1; the eigenvalue of largest magnitude, signed
+    lambda = v . H v,  v <- H v, made of length 1       (2)   the eigenvalue of largest magnitude, signed
     L_N = E L(w + eps),  eps ~ N(0, sigma^2)            (3)   average flatness: the gap L_N - L is about sigma^2 / 2 tr H
     L(w + a d + b d'),  d_i = |w_i| / |n_i| n_i         (4)   a random slice; n normal, i a filter: one row of a weight
     Theta = J J^T,  kappa = lambda_1 / lambda_m         (5)   neural tangent kernel on m images; J: outputs by weights
-    active = share of activations above zero            (6)   what an MLP layer lets through, gradients and curvature too
+    active = share of activations above zero            (6)   where an MLP layer lets signals and gradients through
 
 Everything is measured in eval mode and fp32, whatever surrounds the call, and weights, gradients,
 train or eval mode and the random state come back as they were. In what follows
@@ -21,14 +21,14 @@ train or eval mode and the random state come back as they were. In what follows
     params    whose weights count: None for all trainable ones, a name or pattern ("blocks.0",
               "blocks.*.mlp": diagonal blocks of H), a module, or a list of parameters
 
-Compare ratios, and look at weight_norm too: lambda is not free of scale. Where layers are followed
-by a norm, larger weights alone lower it.
+Compare nets by the ratio of their lambdas, and look at weight_norm too: lambda is not free of scale.
+Where layers are followed by a norm, larger weights alone lower it. Autocast inside loss_fn is yours.
 
 Source: Chen, Hsieh, Gong 2022, arXiv 2106.01548; slices: Li et al. 2018, arXiv 1712.09913. Written
-from the papers; the numbering of the equations is ours, and so are sigma, the number of draws and
-the doubling radius. We differ: power iteration takes H v for the next v in (2); we keep the lowest
-and the highest mixture of v and H v, which needs no more products, converges sooner, and does not
-swing for ever where lambda and -lambda are both there.
+from the papers; the numbering of the equations is ours, and so are sigma, the number of draws, the
+doubling radius and the choice of logits in (5). We differ: plain power iteration (2) swings for ever
+where lambda and -lambda are both there. We keep the two best directions so far, one for either end
+of the spectrum, and add a third at each step (Lanczos, restarted): the same cost, sooner there.
 Needs: torch, tqdm (matplotlib for the curves, torchvision for the attention pictures).
 Demo: python geometry.py (15 s on a CPU) measures one small net trained with and without SAM, checks
 lambda against the exact Hessian, and saves geometry_demo.png if matplotlib is there.
@@ -36,6 +36,7 @@ lambda against the exact Hessian, and saves geometry_demo.png if matplotlib is t
 
 import inspect
 import math
+import warnings
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import NamedTuple
@@ -47,29 +48,33 @@ from tqdm import tqdm
 
 
 @contextmanager
-def measuring(model):
-    """Inside: eval mode, fp32, and attention that can be derived twice. Afterwards all is as it was found."""
-    params = list(model.parameters())
+def measuring(model, also=()):
+    """Inside: eval mode, fp32, no .grad, and attention that can be derived twice. Afterwards all is as it was found.
+
+    also  parameters besides the model's
+    """
+    params = list(dict.fromkeys([*model.parameters(), *also]))
     for p in params:
         if p.dtype in (torch.float16, torch.bfloat16):
             raise ValueError(f"the weights are {p.dtype}, too coarse to measure curvature; call model.float() first")
-    modes = [(module, module.training) for module in model.modules()]
-    grads = [p.grad for p in params]
+    if torch.is_inference_mode_enabled():
+        raise ValueError("inside torch.inference_mode() nothing can be derived; use torch.no_grad() around your evaluation instead")
+    modes, grads = [(module, module.training) for module in model.modules()], [p.grad for p in params]
     cuda = sorted({p.device.index for p in params if p.device.type == "cuda"})
-    precision, tf32 = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    exact = [(backend, backend.fp32_precision) for backend in (torch.backends.cuda.matmul, torch.backends.cudnn.conv)]
     try:
         model.eval()
         for p in params:
             p.grad = None
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.allow_tf32 = False
+        for backend, _ in exact:
+            backend.fp32_precision = "ieee"
         kind = params[0].device.type if params else "cpu"
         # MATH: the fused attention kernels have no second derivative
         with torch.random.fork_rng(cuda), torch.autocast(kind, enabled=False), sdpa_kernel(SDPBackend.MATH):
             yield
     finally:
-        torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.allow_tf32 = tf32
+        for backend, before in exact:
+            backend.fp32_precision = before
         for p, grad in zip(params, grads, strict=True):
             p.grad = grad
         for module, mode in modes:
@@ -91,7 +96,7 @@ def borrowed(params):
 def select(model, params=None):
     """The trainable parameters that `params` means, see the top of this file."""
     if isinstance(params, str):
-        named = dict(model.named_parameters())
+        named = dict(model.named_parameters(remove_duplicate=False))  # a shared weight has a name in either place
         chosen = [p for name, p in named.items() if fnmatchcase(name, params) or fnmatchcase(name, params + ".*")]
         if not chosen:
             raise ValueError(f"params {params!r} matches no parameter; names look like {', '.join(list(named)[:3])}")
@@ -100,14 +105,19 @@ def select(model, params=None):
     else:
         module = model if params is None else params
         chosen = list(module.parameters() if isinstance(module, nn.Module) else params)
-    chosen = [p for p in chosen if p.requires_grad]
+    if not all(isinstance(p, torch.Tensor) for p in chosen):
+        raise ValueError("params must be None, a name or pattern such as 'blocks.0', a module, or a list of parameters")
+    chosen = list(dict.fromkeys(p for p in chosen if p.requires_grad))  # each once
     if not chosen:
         raise ValueError("no parameter requires a gradient, so there is nothing to measure; unfreeze some, or choose others by params")
     return chosen
 
 
 def as_list(x):
-    return list(x) if isinstance(x, (list, tuple)) else [x]
+    items = list(x) if isinstance(x, (list, tuple)) else [x]
+    if not items:
+        raise ValueError("an empty list was given where a function, a batch or a name is needed")
+    return items
 
 
 def mean_loss(loss_fn):
@@ -130,17 +140,19 @@ def flat(tensors):
 def hessian_max_eigenvalue(model, loss_fn, params=None, iters=100, tol=1e-3, seed=0, progress=False):
     """(2): the Hessian's eigenvalue of largest magnitude, with its sign; one double backward pass per iteration.
 
-    It stops when |H v - lambda v| <= tol |lambda|: an eigenvalue lies within that, most often far closer. After `iters`
-    iterations it returns what it has, which is never beyond the true magnitude.
+    It stops when |H v - lambda v| <= tol |lambda| and the other end of the spectrum can no longer overtake: an eigenvalue then
+    lies within that, most often far closer. After `iters` iterations it warns and returns what it has, never beyond the true
+    magnitude. Memory: some 180 bytes per weight, besides the graph of one micro-batch.
     ValueError if nothing is trainable, or the loss does not depend on it.
     """
     if iters < 1:
         raise ValueError(f"iters {iters} must be at least 1")
     chosen = select(model, params)
-    with measuring(model), torch.enable_grad():
+    with measuring(model, chosen), torch.enable_grad():
         product = hessian_vector_product(as_list(loss_fn), chosen)
         q = flat(normal_like(chosen, torch.Generator().manual_seed(seed))).double()  # fp32 dot products of a million numbers lose 1e-3
-        span, image = q.new_empty(len(q), 0), q.new_empty(len(q), 0)  # orthonormal columns, and H times them
+        # orthonormal columns, and H times them: the lowest v so far, the highest v so far, and the new direction q
+        span, image = q.new_empty(len(q), 0), q.new_empty(len(q), 0)
         for _ in tqdm(range(iters), desc="Hessian", disable=not progress):
             q = q / q.norm()
             span, image = torch.cat([span, q[:, None]], 1), torch.cat([image, product(q)[:, None]], 1)  # the one product
@@ -149,13 +161,17 @@ def hessian_max_eigenvalue(model, loss_fn, params=None, iters=100, tol=1e-3, see
                 raise ValueError("the loss or its second derivative is not finite at these weights")
             values, mix = torch.linalg.eigh(small)
             ends = [0, -1] if len(values) > 1 else [0]  # one end alone would be a trap when the other sign is the larger
-            values, span, image = values[ends], span @ mix[:, ends], image @ mix[:, ends]
+            values, span, image = values[ends], span @ mix[:, ends], image @ mix[:, ends]  # lowest and highest v so far
             rest = image - values * span  # H v - lambda v, what the span lacks
-            size, top = values.abs(), values.abs().argmax()
-            if (rest.norm(dim=0) <= torch.maximum(tol * size[top], size[top] - size)).all():  # the other end cannot overtake
+            error, size, top = rest.norm(dim=0), values.abs(), values.abs().argmax()
+            # the top must be exact to tol; the other end may be off by what it lacks to the top
+            if (error <= torch.maximum(tol * size[top], size[top] - size)).all():
                 break
-            q = rest[:, rest.norm(dim=0).argmax()]
+            q = rest[:, error.argmax()]
             q = q - span @ (span.T @ q)  # rounding
+        else:
+            warnings.warn(f"after {iters} iterations the eigenvalue {values[top]:.4g} is only known to within {error[top]:.1g}; "
+                          "raise iters or tol")
         return values[top].item()
 
 
@@ -232,7 +248,7 @@ class Surface(NamedTuple):
 @torch.no_grad()
 def loss_surface(model, loss_fn, radius=1.0, steps=21, dims=2, seed=0, progress=False):
     """(4): the loss on a random line (dims=1) or plane (dims=2) through the weights; radius 1: as far as the weights are long."""
-    if dims not in (1, 2) or radius <= 0:
+    if dims not in (1, 2) or not radius > 0:
         raise ValueError(f"dims {dims} must be 1 or 2 and radius {radius} above 0")
     if steps < 3 or steps % 2 == 0:
         raise ValueError(f"steps {steps} puts no point on the weights themselves; use an odd number such as 21")
@@ -268,7 +284,7 @@ def filter_normalised(noise, params):
 def doubling_radius(surface):
     """The smallest distance at which the loss, averaged over the ring, is twice that of the centre; inf if there is none.
 
-    Between two rings the loss counts as linear in the squared distance: a parabola is met exactly, however coarse the grid.
+    Between two rings the loss counts as linear in the squared distance: exact for a parabola, else good to about a step.
     """
     x, losses = surface.coordinates.double(), surface.losses
     squared = x**2 if losses.ndim == 1 else x[:, None] ** 2 + x**2
@@ -303,7 +319,7 @@ def ntk_condition_number(model, inputs, params=None, per_class=False, progress=F
         kernels = [tangent_kernel(model, inputs, chosen, k, progress) for k in (range(outputs) if per_class else [None])]
     values = torch.stack([torch.linalg.eigvalsh(kernel).flip(0) for kernel in kernels])  # (kernels, m)
     first, last = values[:, 0], values[:, -1]
-    zero = last <= len(inputs) * torch.finfo(values.dtype).eps * first
+    zero = last <= len(inputs) * torch.finfo(chosen[0].dtype).eps ** 2 * first  # below the rounding of J, squared
     kappa = torch.where(zero, torch.inf, first / last).mean().item()
     return NTK(kappa, (values if per_class else values[0]).cpu())
 
@@ -355,6 +371,9 @@ def active_neurons(model, inputs, layers=None):
     finally:
         for handle in handles:
             handle.remove()
+    silent = [name for name, (_, total) in counts.items() if not total]
+    if silent and (layers is not None or len(silent) == len(names)):
+        raise ValueError(f"layers: nothing came out of {', '.join(silent)}; are they used in forward, and is there an image in inputs?")
     return {name: positive / total for name, (positive, total) in counts.items() if total}
 
 
@@ -379,11 +398,14 @@ def attention_maps(model, inputs, layer=-1):
 
 
 def save_attention(path, imgs, maps):
-    """A row per image: the image, the mean of its heads, each head. imgs (B, C, H, W) in [0, 1]; white: the most attention."""
+    """A row per image: the image, the mean of its heads, each head. imgs (B, C, H, W) in [0, 1].
+
+    White is the most attention within each map, so that heads show where they look, not how much.
+    """
     from torchvision.utils import save_image
 
     maps = torch.cat([maps.mean(1, keepdim=True), maps], dim=1).float()
-    maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)  # each scaled to its own largest value
+    maps = maps / maps.amax((2, 3), keepdim=True).clamp(min=1e-12)
     maps = nn.functional.interpolate(maps, size=imgs.shape[-2:], mode="nearest")
     rows = torch.cat([imgs[:, None].expand(-1, -1, 3, -1, -1), maps[:, :, None].expand(-1, -1, 3, -1, -1)], dim=1)
     save_image(rows.flatten(0, 1), path, nrow=rows.shape[1])

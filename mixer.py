@@ -6,8 +6,8 @@ reads all places, with the same weights for every channel. The other works along
 place it reads all channels, with the same weights for every place.
 
     X     = the patches x_n of the image, as rows W x_n + b     (N, D)    (1)
-    X     = X + T(LN X),    T on each column:  (N) -> D_S -> (N)          (2)   token mixing: where
-    X     = X + C(LN X),    C on each row:     (D) -> D_C -> (D)          (3)   channel mixing: what
+    X     = X + T(LN X),    T on each column:  (N) -> D_S -> (N)          (2)   token mixing, D_S wide inside: says where
+    X     = X + C(LN X),    C on each row:     (D) -> D_C -> (D)          (3)   channel mixing, D_C wide: says what
     T, C  : v -> W2 gelu(W1 v + b1) + b2                                  (4)
     logits = head(mean over the places of LN X)                           (5)
 

@@ -1,17 +1,18 @@
 """ResNet: torchvision's, with the handles of this house's other classifiers.
 
 The convolutional yardstick of the SAM paper. Layers, initialisation and parameter names are
-torchvision's, so published ResNet weights load by key; only the classifier is called `head`, as in
-vit.py and mixer.py, and `fc` is gone. The small form for 32 pixels is the CIFAR ResNet: a stem of
+torchvision's, so checkpoints.load_pretrained reads its weights; only the classifier is called `head`,
+as in vit.py and mixer.py, where torchvision says `fc`. The small form for 32 pixels is the CIFAR ResNet: a stem of
 3 x 3 without stride or pooling, and three stages instead of four, each half as fine and twice as wide.
 
-    h = relu(x + bn conv(relu bn conv x))    two 3 x 3 convolutions; shortcuts that change shape are 1 x 1    (1)
+    h = relu(x + bn conv(relu(bn conv x)))   two 3 x 3 convolutions; x is a 1 x 1 convolution where shapes change    (1)
+    h = relu(x + bn conv(relu(bn conv(relu(bn conv x)))))   from ResNet-50 on: 1 x 1 to a quarter, 3 x 3, 1 x 1      (2)
 
 Source: He et al. 2015, arXiv 1512.03385; as a yardstick for ViT and Mixer Chen, Hsieh, Gong 2022,
 arXiv 2106.01548. We differ: shortcuts of the small form are 1 x 1 convolutions as in torchvision, the
 paper pads with zeros.
 Needs: torch, torchvision.
-Demo: python resnet.py (5 s on a CPU) prints sizes, and shows what SAM must take care of: BatchNorm.
+Demo: python resnet.py (5 s on a CPU) prints sizes, and shows what SAM (sam.py) must take care of: BatchNorm.
 """
 
 import torch
@@ -22,8 +23,8 @@ from torchvision.models.resnet import BasicBlock, Bottleneck
 PRESETS = {  # keyword arguments of ResNet
     "resnet18": dict(block=BasicBlock, layers=(2, 2, 2, 2)),
     "resnet50": dict(block=Bottleneck, layers=(3, 4, 6, 3)),
-    "resnet8": dict(img_size=32, block=BasicBlock, layers=(1, 1, 1), width=16),
-    "resnet20": dict(img_size=32, block=BasicBlock, layers=(3, 3, 3), width=16),
+    "resnet8": dict(img_size=32, block=BasicBlock, layers=(1, 1, 1)),
+    "resnet20": dict(img_size=32, block=BasicBlock, layers=(3, 3, 3)),
 }
 
 
@@ -40,15 +41,22 @@ class ResNet(TorchvisionResNet):
     img_size  int or (H, W), a note for whoever feeds it: images of any size pass
     block     BasicBlock or Bottleneck of torchvision
     layers    blocks per stage: four stages, or three for the small form
-    width     channels of the small form's first stage
+    width     channels of the small form's first stage, default 16
+
+    ValueError if an option makes no sense.
     """
 
     in_chans = 3
 
-    def __init__(self, img_size=224, block=BasicBlock, layers=(2, 2, 2, 2), num_classes=1000, width=16):
+    def __init__(self, img_size=224, block=BasicBlock, layers=(2, 2, 2, 2), num_classes=1000, width=None):
         if len(layers) not in (3, 4) or min(layers) < 1:
             raise ValueError(f"layers {layers} must be four numbers of blocks, or three for the small form, each at least 1")
         small = len(layers) == 3
+        if width is not None and (width < 1 or not small):
+            raise ValueError(f"width {width} must be at least 1 and belongs to the small form of three stages; drop it for four")
+        if not isinstance(img_size, int) and not (isinstance(img_size, (tuple, list)) and len(img_size) == 2):
+            raise ValueError(f"img_size {img_size!r} must be a whole number or (height, width)")
+        width = width or 16
         # the small form first builds a shallow four-stage net, then puts its own stages in place
         super().__init__(block, (1, 1, 1, 1) if small else layers)
         if small:
@@ -77,8 +85,19 @@ class ResNet(TorchvisionResNet):
 
 
 if __name__ == "__main__":
+    from sam import batchnorm_held
+
     torch.manual_seed(0)
     for name in PRESETS:
-        model = create_resnet(name)
+        model = create_resnet(name, num_classes=10)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.num_features} features")
-    print("(expect 11,689,512 and 25,557,032 as torchvision, and 336,696, of which 65,000 are the head for 1,000 classes)")
+    print("(expect with 10 classes 11,181,642 and 23,528,522, torchvision's less 990 classes, then 78,042 and 272,474)")
+
+    imgs = torch.randn(16, 3, 32, 32)
+    model(imgs)
+    before = model.bn1.running_mean.clone()
+    with batchnorm_held(model):  # as in SAM's second pass
+        model(imgs + 1)
+    print(f"running mean moved by a held pass: {(model.bn1.running_mean - before).abs().max():.3f} (expect 0)")
+    model(imgs + 1)
+    print(f"            and by a common one:   {(model.bn1.running_mean - before).abs().max():.3f} (expect more)")

@@ -52,6 +52,17 @@ def per_channel(values, imgs):
     return values.view(-1, 1, 1)
 
 
+def check_scale(mean, std, imgs):
+    """mean and std as they broadcast. ValueError unless imgs are float images and std is positive."""
+    if imgs.ndim != 4 or not len(imgs) or imgs.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"images must be (B, C, H, W) in float32 or float64 and at least one, got {tuple(imgs.shape)} {imgs.dtype}; divide "
+                         "bytes by 255, and let autocast do half precision")
+    mean, std = per_channel(mean, imgs), per_channel(std, imgs)
+    if not (std > 0).all():
+        raise ValueError(f"std {std.flatten().tolist()} must be positive")
+    return mean, std
+
+
 def check_pixels(pixels, low=0.0, high=1.0):
     """ValueError unless (B, C, H, W) lies in the range of a pixel; rounding is forgiven. Also finds NaN."""
     least, most = pixels.min().item(), pixels.max().item()
@@ -63,12 +74,14 @@ def check_pixels(pixels, low=0.0, high=1.0):
 # ---------------------------------------------------------------------------- the worst case
 
 
-def pgd(model, imgs, labels, eps, alpha=None, steps=10, restarts=1, random_start=True, mean=0.0, std=1.0, low=0.0, high=1.0, generator=None):
+def pgd(model, imgs, labels, eps, alpha=None, steps=10, restarts=1, random_start=True, mean=0.0, std=1.0,
+        low=0.0, high=1.0, generator=None):
     """(1) to (3): the image in the ball around each of imgs whose loss is highest among `restarts` climbs.
 
     imgs (B, C, H, W) as the model takes them; labels (B,) or soft (B, K) -> attacked imgs, alike
     eps, alpha  in pixels; alpha None: 2.5 eps / steps, so that a climb can cross the ball
-    mean, std   with which imgs were normalised; low, high: the range of a pixel before that
+    mean, std   with which imgs were normalised; wrong ones stretch the ball, unnoticed while the pixels stay in range
+    low, high   the range of a pixel before that
     generator   for the random starts; without one they come from torch's global generator
 
     The model runs in the mode it is in: for a verdict call model.eval() first; in training mode BatchNorm
@@ -80,7 +93,9 @@ def pgd(model, imgs, labels, eps, alpha=None, steps=10, restarts=1, random_start
         raise ValueError(f"eps {eps} must lie in [0, {high - low:g}], alpha {alpha} not below 0, for pixels in [{low:g}, {high:g}]; try eps=8/255")
     if steps < 1 or restarts < 1:
         raise ValueError(f"steps {steps} and restarts {restarts} must be at least 1")
-    mean, std = per_channel(mean, imgs), per_channel(std, imgs)
+    if torch.is_inference_mode_enabled():
+        raise ValueError("inside torch.inference_mode() no gradient can be taken; use torch.no_grad() instead")
+    mean, std = check_scale(mean, std, imgs)
     pixels = imgs.detach() * std + mean
     check_pixels(pixels, low, high)
     floor, ceiling = (pixels - eps).clamp(min=low), (pixels + eps).clamp(max=high)  # (3)
@@ -151,7 +166,7 @@ def corrupt(imgs, name, severity, generator=None):
     """
     if name not in CORRUPTIONS:
         raise ValueError(f"corruption {name!r} is unknown; choose from {', '.join(CORRUPTIONS)}")
-    if severity not in range(1, 6):
+    if not isinstance(severity, int) or severity not in range(1, 6):
         raise ValueError(f"severity {severity} must be 1, 2, 3, 4 or 5")
     if imgs.ndim != 4 or not imgs.is_floating_point():
         raise ValueError(f"images must be (B, C, H, W) floats in [0, 1], got {tuple(imgs.shape)} {imgs.dtype}; divide uint8 by 255")
@@ -185,10 +200,12 @@ def corruption_accuracy(model, imgs, labels, mean=0.0, std=1.0, names=CORRUPTION
     """
     if model.training:
         raise ValueError("the model is in training mode; call model.eval() before judging it")
-    device = next(model.parameters()).device
-    mean, std = per_channel(mean, imgs), per_channel(std, imgs)
+    if tuple(labels.shape) != (len(imgs),):
+        raise ValueError(f"labels {tuple(labels.shape)} must be ({len(imgs)},), a class number an image")
+    device = next(model.parameters(), imgs).device
+    mean, std = check_scale(mean, std, imgs)
     table = {}
-    for name in names:
+    for name in [names] if isinstance(names, str) else names:
         table[name] = []
         for severity in range(1, 6):
             generator, right = torch.Generator().manual_seed(seed), 0

@@ -20,16 +20,22 @@ Twice the work of the base optimizer, one extra copy of the parameters. In PyTor
         return loss
     loss = optimizer.step(closure)                # the loss at w
 
-A gradient or loss of either pass that is not finite undoes and skips the step. fp16 with a scaler takes the two halves:
+If a gradient or loss of either pass is not finite, the step is undone and skipped. fp16 with a
+scaler takes the two halves:
 
-    scaler.scale(loss_of(x)).backward(); scaler.unscale_(optimizer)
+    def backward():
+        with torch.autocast(device, torch.float16):
+            loss = criterion(model(x), y)
+        scaler.scale(loss).backward(); scaler.unscale_(optimizer)
+    backward()                                    # several processes: inside ddp.no_sync()
     optimizer.first_step(zero_grad=True); scaler.update()
-    scaler.scale(loss_of(x)).backward(); scaler.unscale_(optimizer)
+    with batchnorm_held(model):                   # running statistics move once a step
+        backward()
     optimizer.second_step(zero_grad=True); scaler.update()
 
-Several processes, optimizer.step(closure, model=ddp): each climbs with its own share of the batch
-(m-sharpness: m images per perturbation; smaller m works better), and only the gradients of (2) are
-averaged. Weight decay is the base optimizer's alone; the official code has it in the loss, so in (1) too.
+Several processes, optimizer.step(closure, model=ddp): each climbs with its own share of the batch,
+and only the gradients of (2) are averaged. Perturbing by the gradient of m images at a time is called
+m-sharpness, and a smaller m works better. Weight decay is the base optimizer's alone; the official code has it in the loss, so in (1) too.
 
 Source: Foret et al. 2021, arXiv 2010.01412; for ViT and Mixer Chen, Hsieh, Gong 2022,
 arXiv 2106.01548; ASAM: Kwon et al. 2021, arXiv 2102.11600. Written from the papers.
@@ -51,12 +57,13 @@ class SAM(torch.optim.Optimizer):
     params          parameters or groups; a group may have its own "rho" (0: it stays in place, but counts in the norm)
                     and "adaptive"
     base_optimizer  a class, such as torch.optim.AdamW; base_kwargs go to it
-    rho             radius (1); larger for Mixers than for ViTs than for ResNets, and for fewer devices
+    rho             radius (1); ResNets want a small one, ViTs and Mixers more, fewer devices more
     adaptive        ASAM (3); its rho is some ten times larger
     same_draws      dropout, stochastic depth and other random numbers repeat in the second pass
 
     param_groups and state are the base optimizer's own, so schedulers, state_dict and resuming need no care.
-    last holds grad_norm, first_loss, second_loss and skipped of the last step, to be logged (two halves: no losses).
+    last holds grad_norm (the norm in (1) or (3)), first_loss, second_loss and skipped of the last step, to be logged. After
+    the two halves it has no losses.
     ValueError for a negative rho and for steps called wrongly.
     """
 
@@ -64,6 +71,9 @@ class SAM(torch.optim.Optimizer):
         if not (isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)):
             raise ValueError("base_optimizer must be an optimizer class such as torch.optim.SGD, no instance and no name, got a "
                              f"{type(base_optimizer).__name__}")
+        if issubclass(base_optimizer, (SAM, torch.optim.LBFGS)):
+            raise ValueError(f"base_optimizer {base_optimizer.__name__} takes closures of its own; choose one whose step needs none, "
+                             "such as torch.optim.SGD")
         super().__init__(params, dict(rho=rho, adaptive=adaptive))
         self.base_optimizer = base_optimizer(self.param_groups, **base_kwargs)
         self.defaults = {**self.base_optimizer.defaults, **self.defaults}
@@ -76,8 +86,8 @@ class SAM(torch.optim.Optimizer):
 
     def add_param_group(self, param_group):
         rho = param_group.get("rho", self.defaults["rho"])
-        if not 0 <= rho < math.inf:
-            raise ValueError(f"rho {rho} must be zero or a positive number, such as 0.05")
+        if not isinstance(rho, (int, float)) or not 0 <= rho < math.inf:
+            raise ValueError(f"rho {rho!r} must be zero or a positive number, such as 0.05")
         super().add_param_group(param_group)  # the list is the base optimizer's, so it is added there too
 
     def state_dict(self):
@@ -90,6 +100,14 @@ class SAM(torch.optim.Optimizer):
         for group in self.param_groups:
             for key in ("rho", "adaptive"):
                 group.setdefault(key, self.defaults[key])
+
+    def __getstate__(self):  # deepcopy and pickle
+        return {**super().__getstate__(), "base_optimizer": self.base_optimizer, "same_draws": self.same_draws, "last": self.last}
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self._copies, self._moved, self._bad, self._accumulating = {}, None, False, False
+        self._link()
 
     def _link(self):
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
@@ -123,7 +141,8 @@ class SAM(torch.optim.Optimizer):
             self._keep(params)
             if group["adaptive"]:
                 torch._foreach_mul_(along, params)
-            torch._foreach_add_(params, along, alpha=group["rho"] / (norm + 1e-12))  # a zero gradient moves nothing
+            uphill = -1 if group.get("maximize") else 1  # what is worst when the objective is to be large
+            torch._foreach_add_(params, along, alpha=uphill * group["rho"] / (norm + 1e-12))  # a zero gradient moves nothing
         if zero_grad:
             self.zero_grad()
 
@@ -154,6 +173,8 @@ class SAM(torch.optim.Optimizer):
 
     def _base_step(self, skip):
         grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if not grads:
+            raise ValueError("no parameter has a gradient after the second pass; call loss.backward() in both")
         self.last["skipped"] = skip or not math.isfinite(torch.nn.utils.get_total_norm(grads).item())
         if not self.last["skipped"]:
             self.base_optimizer.step()
@@ -166,18 +187,20 @@ class SAM(torch.optim.Optimizer):
 
         closure            zeroes gradients, computes the loss, calls backward(), returns the loss; it runs twice. Or a list of
                            closures, one per micro-batch: their gradients add up (divide the losses), then one common step;
-                           they may call optimizer.zero_grad(), not model.zero_grad()
+                           they may call optimizer.zero_grad(), not model.zero_grad(), and only the last may clip
         model              the DistributedDataParallel module: its first pass stays local; without it both passes are averaged.
                            Also needed if a compiled model has BatchNorm
         sync_perturbation  average the gradient of the first pass over the processes too
-        split              with a list: each micro-batch climbs on its own (m-sharpness on one device)
+        split              with a list: each micro-batch climbs on its own (m-sharpness on one device); without one it does nothing
         """
+        if self._moved is not None:
+            raise ValueError("step was called between first_step and second_step; call second_step, or restore, first")
         if closure is None:
             raise ValueError("SAM.step needs a closure that computes the loss and calls backward(), since it runs twice; or "
                              "call first_step and second_step yourself")
         closures = list(closure) if isinstance(closure, (list, tuple)) else [closure]
-        if not closures:
-            raise ValueError("SAM.step got an empty list of closures")
+        if not closures or not all(map(callable, closures)):
+            raise ValueError(f"closure must be a function without arguments, or a list of such, got {closure!r}")
         climbs = [[c] for c in closures] if split else [closures]
         parallel = hasattr(model, "no_sync")
 
@@ -188,8 +211,8 @@ class SAM(torch.optim.Optimizer):
                 stay = parallel and not (average and k == len(closures))
                 with model.no_sync() if stay else nullcontext(), torch.enable_grad():
                     loss = c()
-                if not isinstance(loss, torch.Tensor):
-                    raise ValueError(f"the closure must return the loss, a tensor, got {loss!r}")
+                if not (isinstance(loss, torch.Tensor) and loss.numel() == 1):
+                    raise ValueError(f"the closure must return the loss, a tensor of one number, got {loss!r}")
                 total = total + loss.detach()
             return total
 
@@ -219,7 +242,7 @@ class SAM(torch.optim.Optimizer):
         self.last = dict(grad_norm=sum(norms) / len(norms), first_loss=float(first), second_loss=float(second))
         bad |= not math.isfinite(self.last["first_loss"] + self.last["second_loss"])
         if parallel:  # each process saw its own losses and first gradient: all of them step, or none
-            votes = torch.tensor(float(bad), device=first.device)
+            votes = torch.tensor(float(bad), device=self.param_groups[0]["params"][0].device)  # a closure may return its loss on the CPU
             torch.distributed.all_reduce(votes, group=model.process_group)
             bad = votes.item() > 0
         self._base_step(bad)

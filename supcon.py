@@ -5,9 +5,9 @@ with each other: two random views of an image should lie close on the unit spher
 of the batch far away. The labels add what random views cannot know, namely which differences do
 not matter: every image of the same class is a positive too.
 
-    z_i = head(encoder(x_i)) / |head(encoder(x_i))|         i runs over the B V views of a batch     (1)
-    p_ij = exp(z_i z_j / t) / sum_{a != i} exp(z_i z_a / t)                                          (2)
-    L = mean_i  -1/|P(i)| sum_{j in P(i)} log p_ij          P(i): the other views with i's label     (3)
+    z_i = head(encoder(x_i)) / |head(encoder(x_i))|         i: one of the B V views, V of each of B images  (1)
+    p_ij = exp(z_i . z_j / t) / sum_{a != i} exp(z_i . z_a / t)    t: temperature                           (2)
+    L = mean_i  -1/|P(i)| sum_{j in P(i)} log p_ij          P(i): the other views with i's label            (3)
 
 The sum over the positives stands outside the logarithm ("L_out"; the paper finds it better than
 inside). Without labels P(i) is the other views of the same image: that is SimCLR. The head serves
@@ -82,11 +82,13 @@ class SupCon(nn.Module):
         if not hasattr(encoder, "num_features"):
             raise ValueError(f"{type(encoder).__name__} has no num_features, the width of its features; for torchvision's ResNets "
                              "set encoder.num_features = encoder.fc.in_features, then encoder.fc = torch.nn.Identity()")
+        if not temperature > 0:
+            raise ValueError(f"temperature {temperature} must be positive; try 0.1")
         self.encoder, self.temperature = encoder, temperature
         self.head = ProjectionHead(encoder.num_features, hidden, out)
 
     def forward(self, views, labels=None):
-        if views.ndim < 3:
+        if views.ndim < 3 or views.ndim == 4:  # four dimensions are images without the one of the views
             raise ValueError(f"views {tuple(views.shape)} must be (B, V, C, H, W); stack two augmentations: torch.stack([a, b], dim=1)")
         features = self.encoder(rearrange(views, "b v ... -> (b v) ..."))  # one pass: BatchNorm sees all views
         if features.ndim != 2 or features.shape[1] != self.encoder.num_features:

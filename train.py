@@ -56,6 +56,7 @@ from robust import corruption_accuracy, fgsm, mean_accuracy, pgd
 from sam import SAM, batchnorm_held
 from shapes import save_grid
 from supcon import SupCon
+from vit import PRESETS as VITS
 from vit import create_vit
 
 LOG_EVERY = 10  # steps
@@ -161,7 +162,7 @@ def parse(argv=None):
     flag("--clip-grad", "gradient norm; default off", type=float)
     flag("--mask-ratio", "share of patches hidden, in [0, 1); MixMIM: of the partner's, neither none nor all", type=float)
     flag("--optimizer", "sam climbs before each step, at twice the cost", choices=("adamw", "sgd", "sam"))
-    flag("--rho", "SAM's radius; default 0.05, adaptive 0.5; the paper's models want 0.02 (ResNet) to 0.6 (Mixer)", type=float)
+    flag("--rho", "SAM's radius; default 0.05, adaptive 0.5; see the README's table", type=float)
     flag("--adaptive", "SAM: a radius that scales with each weight (ASAM)", **switch)
     flag("--base-optimizer", "what SAM steps with", choices=("adamw", "sgd"))
     flag("--layer-decay", "learning rate factor per block, from the head down", type=float)
@@ -205,6 +206,8 @@ def resolve(given):
         stage = "tour mixmim"
     args = argparse.Namespace(**{**DEFAULTS["all"], **by_method, **DEFAULTS[stage], **given})
     args.task = args.task or "pretrain"
+    if args.model not in {**VITS, **HIERARCHICAL, **MIXERS, **RESNETS}:
+        raise ValueError(f"--model {args.model} is unknown; choose from {', '.join({**VITS, **HIERARCHICAL, **MIXERS, **RESNETS})}")
     hierarchical, mixer, resnet = (args.model in presets for presets in (HIERARCHICAL, MIXERS, RESNETS))
     idle = {"mixup": "--task classify", "cutmix": "--task classify", "label_smoothing": "--task classify",
             "layer_decay": "--task classify", "init": "--task classify", "loss": "--task classify", "adversarial": "--task classify",
@@ -227,10 +230,10 @@ def resolve(given):
         idle |= dict.fromkeys(("depth", "num_heads", "pool"), "a plain ViT")
     else:
         idle |= dict.fromkeys(("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
-    if mixer:
+    if mixer or resnet:
         idle |= dict.fromkeys(("num_heads", "pool", "checkpointing"), "a ViT")
     if resnet:
-        idle |= dict.fromkeys(("patch_size", "embed_dim", "depth", "num_heads", "pool", "checkpointing", "drop_path", "layer_decay"), "a ViT or a Mixer")
+        idle |= dict.fromkeys(("patch_size", "embed_dim", "depth", "drop_path", "layer_decay"), "a ViT or a Mixer")
     for key, place in idle.items():  # nothing that was asked for is silently ignored
         if key in given and given[key] != DEFAULTS["all"][key]:
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
@@ -243,7 +246,7 @@ def resolve(given):
     for key in ("lr", "blr", "rho", "min_lr", "weight_decay", "warmup_epochs", "workers", "seed", "label_smoothing", "mixup", "cutmix",
                 "save_minutes", "drop_path", "beta2"):
         if getattr(args, key) is not None and not 0 <= getattr(args, key) < math.inf:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must not be negative")
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be a number from 0 up")
     for key in ("clip_grad", "ema", "layer_decay", "tflops", "attack_eps"):
         if getattr(args, key) is not None and not 0 < getattr(args, key) < math.inf:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be positive")
@@ -259,6 +262,10 @@ def resolve(given):
         raise ValueError("--pool cls needs a class token, which --method mixmim does without; drop one of them")
     if args.window_size is not None and min(args.window_size) < 1:
         raise ValueError(f"--window-size {args.window_size} must be at least 1")
+    if args.loss == "supcon" and args.batch_size < 2:
+        raise ValueError(f"--batch-size {args.batch_size} leaves --loss supcon nothing to compare; use at least 2")
+    if args.loss == "supcon" and args.augment == "none":
+        raise ValueError("--augment none makes both views of --loss supcon the same image; take padcrop or inception")
     if args.attack_eps > 255:
         raise ValueError(f"--attack-eps {args.attack_eps:g} is in 255ths of the range of a pixel and must be at most 255; try 4")
     if args.adversarial and args.augment == "strong":
@@ -380,8 +387,9 @@ def layer_number(name, depths):
 
 def param_groups(model, args):
     """Groups with weight_decay and lr_scale: no decay on 1-D tensors; one group per block and kind."""
-    groups, depths = {}, getattr(model, "depths", [args.depth or 0])
+    groups, depths = {}, getattr(getattr(model, "encoder", model), "depths", [args.depth or 0])
     for name, param in model.named_parameters():
+        name = name.removeprefix("encoder.")
         if not param.requires_grad:
             continue
         # pre-training decays class and mask tokens as the official codes do; fine-tuning spares token and table
@@ -697,9 +705,10 @@ def run(args, world, folder, stop, command, home=None):
     if val_source is not None and args.task == "classify" and list(val_source.classes) != list(source.classes):
         raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)} folders")
     mixing = args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix"
-    if mixing and val_source is not None and len(val_source) < 2 * world.size:
-        raise ValueError(f"the validation set has {len(val_source)} images for {world.size} processes, but MixMIM needs two for each to mix them; "
-                         "add images or leave the set out")
+    comparing = mixing or args.loss == "supcon"
+    if comparing and val_source is not None and len(val_source) < 2 * world.size:
+        raise ValueError(f"the validation set has {len(val_source)} images for {world.size} processes, but each needs two, to mix or compare them; "
+                         "add images" + (" or leave the set out" if mixing else ""))
     indices = list(range(len(source))) if args.train_images is None else first_of_shuffle(len(source), args.train_images)
     for some, wanted in ((source, indices), (val_source, None)):
         if isinstance(some, Folder):
@@ -710,7 +719,9 @@ def run(args, world, folder, stop, command, home=None):
     train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
                        views=2 if args.loss == "supcon" else 1)
     plain = augmentation("none", args.img_size, mean, std)
-    val_set = None if val_source is None else Images(val_source, plain, args.seed, None, noise_size)
+    # folders come sorted by class, but supcon compares within a batch
+    val_indices = first_of_shuffle(len(val_source), len(val_source)) if args.loss == "supcon" else None
+    val_set = None if val_source is None else Images(val_source, plain, args.seed, val_indices, noise_size)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
 
     # model
@@ -735,7 +746,7 @@ def run(args, world, folder, stop, command, home=None):
     loader = make_loader(train_set, train_batches, workers, device)
     val_loader = None
     if val_set is not None:
-        smallest = 2 if mixing else 1  # who is mixed needs a partner
+        smallest = 2 if comparing else 1  # who is mixed or compared needs a partner
         val_batches = EvalBatches(len(val_set), plan.batch_size, world.rank, world.size, smallest)
         val_loader = make_loader(val_set, val_batches, workers, device)
     ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
@@ -854,21 +865,23 @@ def run(args, world, folder, stop, command, home=None):
                 # one decision for all ranks: mean loss, anything non-finite, anyone asked to stop
                 total, bad, stopped = world.sum([loss, float(not math.isfinite(loss)), float(stop.signal is not None)])
                 # SAM calls twice: the loss that counts is the first, at the weights themselves; a fault in either spoils the step
+                again = "loss" in verdict
                 verdict.setdefault("loss", total / world.size)
-                verdict.update(bad=verdict.get("bad", False) or bad > 0, stopped=stopped > 0)
+                verdict.update(last_loss=total / world.size, bad=verdict.get("bad", False) or bad > 0, stopped=stopped > 0)
                 if verdict["bad"] and not sam:
                     optimizer.zero_grad()  # without gradients the step changes nothing; SAM skips a step whose loss is not finite
-                elif args.clip_grad:
+                elif args.clip_grad and (again or not sam):  # only the direction of SAM's first gradient counts
                     nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
                 return torch.tensor(math.nan if verdict["bad"] else loss)
 
             # under SAM every process climbs with its own share of the batch; only the gradients of the second pass are averaged
             optimizer.step(closure, **({"model": wrapped} if sam else {}))
+            verdict["bad"] |= sam and optimizer.last["skipped"]  # a gradient that is not finite
             step += 1
             images_seen += len(window) * plan.batch_size * world.size
             if verdict["bad"]:
                 bad_steps, bad_in_a_row = bad_steps + 1, bad_in_a_row + 1
-                say(f"  non-finite loss at step {step}, lr {now:.3g}: step skipped ({bad_steps} so far)")
+                say(f"  non-finite loss{' or gradient' if sam else ''} at step {step}, lr {now:.3g}: step skipped ({bad_steps} so far)")
                 if bad_in_a_row == MAX_BAD_STEPS:
                     raise SystemExit(f"train.py: the loss was not finite {MAX_BAD_STEPS} times in a row, last at step {step} with lr "
                                      f"{now:.3g}; try a smaller --lr, more --warmup-epochs or --clip-grad 1")
@@ -879,7 +892,7 @@ def run(args, world, folder, stop, command, home=None):
             if step % LOG_EVERY == 0:
                 speed = images_seen / (time.monotonic() - epoch_start)
                 bar.set_postfix(loss=f"{verdict['loss']:.3f}", lr=f"{now:.1e}", img_s=f"{speed:.0f}")
-                more = dict(loss_climbed=optimizer.last["second_loss"], grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                more = dict(loss_climbed=verdict["last_loss"], grad_norm=optimizer.last["grad_norm"]) if sam else {}
                 write(step=step, loss=verdict["loss"], lr=now, img_s=speed, **more)
             if verdict["stopped"]:
                 save(epoch)
@@ -953,8 +966,10 @@ def dry_run(args, world):
             model(batch, args.mask_ratio) if args.task == "pretrain" else model(batch)
     macs = counter.get_total_flops() / 2 / count
     passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
+    passes *= (1 + (args.optimizer == "sam")) * (1 + args.adversarial)  # an attack is a pass forward and back, to the pixels
     plan = plan_steps(args, images, world.size)
     total, trainable = (sum(p.numel() for p in model.parameters() if p.requires_grad or every) for every in (True, False))
+    moments = 16 if args.optimizer == "sam" else 12  # bytes: gradient, two moments, SAM's copy
     activations = plan.batch_size * sum(s.nbytes() for s in kept.values()) // count
     seen = images if args.probe else plan.total_steps * plan.effective
     print(f"model        {args.model}, {args.task}{' by ' + args.method if args.task == 'pretrain' else ''}, {args.img_size[0]}x{args.img_size[1]} px")
@@ -962,7 +977,7 @@ def dry_run(args, world):
     print(f"multiply-adds {macs / 1e9:.3f} G per image, forward")
     print(f"steps        {plan.total_steps:,} of {plan.effective} images, {args.epochs} epochs of {images:,}")
     print(f"lr           {plan.lr:.3g} (base {args.blr:g} per 256)")
-    print(f"memory       about {(4 * total + 12 * trainable + activations) / 1e9:.1f} GB per device in fp32: weights, gradients, AdamW's moments, "
+    print(f"memory       about {(4 * total + moments * trainable + activations) / 1e9:.1f} GB per device in fp32: weights, gradients, the optimizer's copies, "
           f"{activations / 1e9:.1f} GB of activations")
     print(f"device-hours {2 * macs * passes * seen / (args.tflops * 1e12) / 3600:.4g} at {args.tflops:g} TFLOP/s")
 

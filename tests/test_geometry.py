@@ -520,3 +520,79 @@ def test_what_goes_wrong_is_said_in_one_line(message):
     with pytest.raises(ValueError, match=message) as error:
         ERRORS[message]()
     assert "\n" not in str(error.value)
+
+
+# ---------------------------------------------------------------------------- what readers stumbled over
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.enc, self.dec = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.dec.weight = self.enc.weight
+
+    def forward(self, x):
+        return self.dec(torch.tanh(self.enc(x)))
+
+
+def test_a_shared_weight_belongs_to_both_names_and_counts_once():
+    torch.manual_seed(0)
+    model, x = Tied(), torch.randn(8, 4)
+
+    def top(params):
+        return geometry.hessian_max_eigenvalue(model, lambda: model(x).square().mean(), params, tol=1e-5)
+    assert top("dec") == pytest.approx(top(model.dec), rel=1e-3) and top("dec") > 1.2 * top("dec.bias")
+    assert top([model.enc.weight, model.dec.weight]) == pytest.approx(top("enc.weight"), rel=1e-3)
+
+
+def test_an_unfinished_eigenvalue_is_warned_of_and_a_finished_one_is_not():
+    model = nn.Linear(200, 1, bias=False)
+    curvature = torch.linspace(-1, 1, 200)
+    with pytest.warns(UserWarning, match="after 3 iterations"):
+        geometry.hessian_max_eigenvalue(model, lambda: (curvature * model.weight.square()).sum(), iters=3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        geometry.hessian_max_eigenvalue(model, lambda: (curvature * model.weight.square()).sum(), iters=400)
+
+
+def test_a_head_outside_the_model_may_still_hold_gradients():
+    model, head, x = nn.Linear(3, 3), nn.Linear(3, 1), torch.randn(5, 3)
+    for p in head.parameters():
+        p.grad = torch.ones_like(p)
+    value = geometry.hessian_max_eigenvalue(model, lambda: head(model(x)).square().mean(), [*model.parameters(), *head.parameters()])
+    assert value > 0 and all((p.grad == 1).all() for p in head.parameters())
+
+
+def test_precision_set_by_either_of_torchs_ways_is_kept():
+    model, x, matmul = nn.Sequential(nn.Linear(3, 3), nn.ReLU()), torch.randn(5, 3), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for value in ("tf32", "ieee"):
+            matmul.fp32_precision = value
+            seen = []
+            hook = model.register_forward_hook(lambda *_: seen.append(matmul.fp32_precision))
+            geometry.active_neurons(model, x)
+            hook.remove()
+            assert seen == ["ieee"] and matmul.fp32_precision == value
+    finally:
+        matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda m, x: geometry.select(m, ["0.weight"]), "a name or pattern"),
+    (lambda m, x: geometry.select(m, []), "unfreeze"),
+    (lambda m, x: geometry.average_flatness(m, []), "empty list"),
+    (lambda m, x: geometry.loss_surface(m, lambda: m(x).mean(), radius=math.nan), "radius nan"),
+    (lambda m, x: geometry.active_neurons(m, []), "empty list"),
+    (lambda m, x: geometry.active_neurons(m, x[:0]), "nothing came out"),
+])
+def test_what_a_newcomer_gets_wrong_is_told(call, words):
+    model = nn.Sequential(nn.Linear(3, 3), nn.ReLU())
+    with pytest.raises(ValueError, match=words):
+        call(model, torch.randn(5, 3))
+
+
+def test_inference_mode_is_refused_with_the_way_out():
+    model, x = nn.Linear(3, 1), torch.randn(5, 3)
+    with torch.inference_mode(), pytest.raises(ValueError, match="no_grad"):
+        geometry.hessian_max_eigenvalue(model, lambda: model(x).square().mean())

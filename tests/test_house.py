@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 CONCEPTS = [name for name in FILES if name != "train"]
-FLOOR_0 = {"vit", "mixer", "masking", "sam", "geometry", "supcon", "robust", "shapes", "checkpoints"}
+FLOOR_0 = {"vit", "mixer", "resnet", "masking", "sam", "geometry", "supcon", "robust", "shapes", "checkpoints"}
 FLOOR_1 = {"mae", "mirl", "mixmim", "detect", "data", "coco"}
 NO_PAPER = {"shapes", "data", "checkpoints"}  # ours; they may name no paper
 

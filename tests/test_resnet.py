@@ -67,6 +67,9 @@ def test_every_preset_builds_without_memory(name):
 @pytest.mark.parametrize("make, word", [
     (lambda: create_resnet("resnet9000"), "resnet9000"),
     (lambda: ResNet(layers=(2, 2)), "layers"),
+    (lambda: create_resnet("resnet18", width=128), "width"),
+    (lambda: create_resnet("resnet8", width=0), "width"),
+    (lambda: create_resnet("resnet8", img_size=(1, 2, 3)), "img_size"),
     (lambda: ResNet(layers=(2, 2, 0)), "layers"),
     (lambda: create_resnet("resnet8")(torch.randn(2, 1, 32, 32)), "images"),
     (lambda: create_resnet("resnet8")(torch.randn(3, 32, 32)), "images"),

@@ -303,3 +303,29 @@ def test_bad_input_is_one_clear_line(call, words):
     with pytest.raises(ValueError, match=words) as error:
         call()
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("call, words", [
+    (lambda net, x, y: pgd(net, (x * 255).to(torch.uint8), y, 0.1), "float32"),
+    (lambda net, x, y: pgd(net, x.bfloat16(), y, 0.1), "float32"),
+    (lambda net, x, y: pgd(net, x[:0], y[:0], 0.1), "at least one"),
+    (lambda net, x, y: pgd(net, x, y, 0.1, std=0.0), "std"),
+    (lambda net, x, y: corruption_accuracy(net, x, y[:, None]), "labels"),
+    (lambda net, x, y: corruption_accuracy(net, x, y[:1]), "labels"),
+    (lambda net, x, y: corrupt(x, "blur", 1.0), "severity"),
+])
+def test_what_would_fail_late_or_lie_is_refused_at_once(call, words):
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3)).eval()
+    with pytest.raises(ValueError, match=words):
+        call(net, torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 0]))
+
+
+def test_one_corruption_may_be_named_without_a_list():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3)).eval()
+    assert list(corruption_accuracy(net, torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), names="blur")) == ["blur"]
+
+
+def test_inference_mode_is_refused_with_the_way_out():
+    net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 8 * 8, 3)).eval()
+    with torch.inference_mode(), pytest.raises(ValueError, match="no_grad"):
+        pgd(net, torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.long), 0.1)

@@ -1,11 +1,14 @@
+import contextlib
 import copy
 import math
 import os
+import pickle
 import socket
 import statistics
 import subprocess
 import sys
 import time
+import types
 import warnings
 from pathlib import Path
 
@@ -774,7 +777,11 @@ WRONG = {
     "an instance": (lambda: SAM([W], SGD([W], lr=0.1)), "base_optimizer must be an optimizer class such as torch.optim.SGD"),
     "a name": (lambda: SAM([W], "sgd"), "base_optimizer.*got a str"),
     "no closure": (lambda: SAM([W], SGD, lr=0.1).step(), "needs a closure.*runs twice"),
-    "an empty list": (lambda: SAM([W], SGD, lr=0.1).step([]), "empty list"),
+    "an empty list": (lambda: SAM([W], SGD, lr=0.1).step([]), "list of such"),
+    "a number as closure": (lambda: SAM([W], SGD, lr=0.1).step(5), "function without arguments"),
+    "rho as text": (lambda: SAM([W], SGD, rho="0.05", lr=0.1), "rho '0.05'"),
+    "SAM in SAM": (lambda: SAM([W], SAM, lr=0.1), "SAM takes closures"),
+    "LBFGS inside": (lambda: SAM([W], torch.optim.LBFGS, lr=0.1), "LBFGS takes closures"),
     "second_step alone": (lambda: SAM([W], SGD, lr=0.1).second_step(), "no first_step to undo; call first_step"),
     "restore alone": (lambda: SAM([W], SGD, lr=0.1).restore(), "no first_step to undo; call first_step"),
 }
@@ -809,7 +816,7 @@ def test_first_step_twice_is_refused_and_can_still_be_undone():
 def test_a_closure_that_returns_nothing_is_told_so():
     w = torch.tensor([3.0, 4.0], requires_grad=True)
     optimizer = SAM([w], SGD, rho=0.5, lr=0.1)
-    with pytest.raises(ValueError, match="closure must return the loss, a tensor, got None"):
+    with pytest.raises(ValueError, match="closure must return the loss, a tensor of one number, got None"):
         optimizer.step(lambda: w.square().sum().backward())
     assert w.tolist() == [3, 4]
 
@@ -990,3 +997,77 @@ def test_what_sam_adds_to_the_two_passes_costs_at_most_two_adamw_updates():
     print({name: f"{1000 * value:.1f} ms" for name, value in median.items()}, f"ratio {ratio:.2f}",
           f"with the check of the second gradient {ratio + median['finite'] / median['update']:.2f}")
     assert ratio <= 2
+
+
+# ---------------------------------------------------------------------------- copies, maximising, odd calls
+
+
+def quadratic_closure(optimizer, w, backward=lambda: True):
+    def closure():
+        optimizer.zero_grad()
+        loss = w.square().sum() / 2
+        if backward():
+            loss.backward()
+        return loss
+    return closure
+
+
+@pytest.mark.parametrize("copier", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_of_model_and_optimizer_goes_on_like_the_original(copier):
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    optimizer = SAM([w], ADAMW, rho=0.5, lr=0.1)
+    optimizer.step(quadratic_closure(optimizer, w))
+    other, v = copier((optimizer, w))
+    for one, weights in ((optimizer, w), (other, v)):
+        one.step(quadratic_closure(one, weights))
+    assert torch.equal(w, v) and w is not v
+    assert other.param_groups is other.base_optimizer.param_groups and other.param_groups[0]["params"][0] is v
+
+
+def test_a_maximised_objective_is_met_where_it_is_lowest():
+    w = torch.tensor([1.0], requires_grad=True)  # maximise -w^2: the worst within 0.5 is at 1.5, with gradient -3
+    optimizer = SAM([w], SGD, rho=0.5, lr=0.1, maximize=True)
+
+    def closure():
+        optimizer.zero_grad()
+        objective = -w.square().sum()
+        objective.backward()
+        return objective
+    optimizer.step(closure)
+    torch.testing.assert_close(w.detach(), torch.tensor([0.7]))
+
+
+def test_a_second_pass_without_gradients_is_told_and_undone():
+    w, calls = torch.tensor([3.0, 4.0], requires_grad=True), []
+    optimizer = SAM([w], SGD, rho=0.5, lr=0.1)
+    with pytest.raises(ValueError, match="after the second pass"):
+        optimizer.step(quadratic_closure(optimizer, w, lambda: calls.append(0) or len(calls) == 1))
+    assert w.tolist() == [3.0, 4.0]
+
+
+def test_a_step_between_the_two_halves_is_refused_and_the_halves_still_end():
+    w = torch.tensor([3.0, 4.0], requires_grad=True)
+    optimizer = SAM([w], SGD, rho=0.5, lr=0.1)
+    closure = quadratic_closure(optimizer, w)
+    closure()
+    optimizer.first_step()
+    with pytest.raises(ValueError, match="between first_step and second_step"):
+        optimizer.step(closure)
+    closure()
+    optimizer.second_step()
+    torch.testing.assert_close(w.detach(), torch.tensor([2.67, 3.56]))
+
+
+def test_the_vote_on_a_bad_step_is_cast_where_the_parameters_are(monkeypatch):
+    """A closure may return its loss on the CPU; NCCL serves tensors of the GPU only."""
+    w, devices = torch.zeros(2, device="meta", requires_grad=True), []
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda votes, group: devices.append(votes.device.type))
+    monkeypatch.setattr(torch.Tensor, "item", lambda self: 1.0)
+    optimizer = SAM([w], SGD, rho=0.5, lr=0.1)
+    parallel = types.SimpleNamespace(no_sync=contextlib.nullcontext, process_group=None, modules=list)
+
+    def closure():
+        w.grad = torch.zeros_like(w)
+        return torch.tensor(0.5)
+    optimizer.step(closure, model=parallel)
+    assert devices == ["meta"]

@@ -557,6 +557,58 @@ def test_supervised_contrast_trains_an_encoder_that_can_be_probed(tmp_path, caps
     assert all(torch.equal(probed[name.removeprefix("encoder.")], value) for name, value in trained.items() if name.startswith("encoder."))
 
 
+def test_supervised_contrast_judges_batches_of_several_classes_and_no_single_image(tmp_path):
+    for k in range(4):  # a folder is sorted by class
+        for part, count in (("train", 8), ("val", 17 if k == 3 else 16)):
+            (tmp_path / part / str(k)).mkdir(parents=True)
+            for i in range(count):
+                to_pil_image(torch.rand(3, 32, 32)).save(tmp_path / part / str(k) / f"{i}.png")
+    start(f"{CLASSIFY} --epochs 1 --batch-size 16 --data folder --data-path {tmp_path} --loss supcon", tmp_path / "run")
+    args = train.resolve(train.parse(f"{CLASSIFY} --loss supcon".split()))
+    model = train.build_model(args, 4).eval()
+    model.load_state_dict(checkpoint(tmp_path / "run")["model"])
+    source = open_source("folder", str(tmp_path), False, (32, 32))
+    plain, order, total = augmentation("none", (32, 32), source.mean, source.std), train.first_of_shuffle(65, 65), 0
+    for some in (order[:16], order[16:32], order[32:48], order[48:]):
+        imgs, labels = default_collate([(plain(source[i][0]), source[i][1]) for i in some])
+        with torch.no_grad():
+            total += model(imgs[:, None], labels).loss.item() * len(some) / 65
+    assert log(tmp_path / "run")[-1]["val_loss"] == pytest.approx(total, abs=1e-4)
+
+
+def test_supervised_contrast_groups_its_encoder_as_classification_does():
+    groups = {}
+    for loss in ("supcon", "cross-entropy"):
+        args = train.resolve(train.parse(f"{CLASSIFY} --layer-decay 0.5 --loss {loss}".split()))
+        model = train.build_model(args, 10)
+        names = {param: name.removeprefix("encoder.") for name, param in model.named_parameters()}
+        groups[loss] = {names[p]: (g["weight_decay"], g["lr_scale"]) for g in train.param_groups(model, args) for p in g["params"]}
+    shared = [name for name in groups["supcon"] if not name.startswith("head.")]
+    assert len(shared) > 20 and all(groups["supcon"][name] == groups["cross-entropy"][name] for name in shared)
+    assert {value[1] for name, value in groups["supcon"].items() if name.startswith("head.")} == {1.0}
+
+
+def test_a_gradient_that_is_not_finite_counts_as_a_bad_step_of_sam(tmp_path, monkeypatch):
+    class Poison(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * math.nan
+    on_each_loss(monkeypatch, lambda number, model, loss: Poison.apply(loss) if number in (3, 6) else None)
+    start(f"{CLASSIFY} --optimizer sam --rho 0.1 --epochs 1", tmp_path)
+    assert log(tmp_path)[-1]["bad_steps"] == 2
+
+
+def test_sam_logs_the_gradients_norm_before_it_is_clipped(tmp_path):
+    for name, flags in (("clipped", "--clip-grad 0.01"), ("free", "")):
+        start(f"{CLASSIFY} --epochs 2 --optimizer sam {flags} --lr 0 --min-lr 0", tmp_path / name)
+    clipped, free = ([line["grad_norm"] for line in log(tmp_path / name) if "grad_norm" in line] for name in ("clipped", "free"))
+    assert clipped == free and clipped[0] > 0.01
+
+
 def test_supervised_contrast_gets_two_different_views_of_each_image(tmp_path, monkeypatch):
     seen = []
     forward = train.SupCon.forward
@@ -824,6 +876,12 @@ def test_a_dry_run_prints_the_golden_multiply_adds_and_touches_nothing(tmp_path,
         assert word in out
 
 
+def test_a_dry_run_counts_both_passes_of_sam_and_those_of_an_attack(tmp_path, capsys, monkeypatch):
+    hours = [float(re.search(r"device-hours ([\d.e-]+)", dry_run(f"--task classify --model resnet8 {flags}", capsys, tmp_path, monkeypatch))[1])
+             for flags in ("", "--optimizer sam", "--adversarial", "--optimizer sam --adversarial")]
+    assert [value / hours[0] for value in hours] == pytest.approx([1, 2, 2, 4], rel=1e-2)
+
+
 def test_a_dry_run_counts_steps_and_device_hours_by_hand(tmp_path, capsys, monkeypatch):
     flags = "--task classify --model vit_b16 --data folder --data-path /nowhere --train-images 1000 --batch-size 16 --accum 4 --epochs 3 --tflops 50"
     out = dry_run(flags, capsys, tmp_path, monkeypatch)
@@ -975,6 +1033,10 @@ BAD = [  # flags, a word of the message
     (f"{PRETRAIN} --adversarial", "--task classify"),
     (f"{PRETRAIN} --eval-pgd", "--task classify"),
     (f"{CLASSIFY} --loss hinge", "hinge"),
+    (f"{CLASSIFY} --loss supcon --batch-size 1", "batch-size"),
+    (f"{CLASSIFY} --loss supcon --augment none", "augment none"),
+    ("--task classify --model resnet8 --pool cls", "a ViT only"),
+    ("--task classify --model resnet9000", "mixer_s16"),
     (f"{CLASSIFY} --loss supcon --mixup 0.8", "--loss cross-entropy"),
     (f"{CLASSIFY} --loss supcon --adversarial", "--loss cross-entropy"),
     (f"{CLASSIFY} --probe --eval-corruptions", "--probe"),
