@@ -11,8 +11,8 @@ as in vit.py and mixer.py, where torchvision says `fc`. The small form for 32 pi
 Source: He et al. 2015, arXiv 1512.03385; as a yardstick for ViT and Mixer Chen, Hsieh, Gong 2022,
 arXiv 2106.01548. We differ: shortcuts of the small form are 1 x 1 convolutions as in torchvision, the
 paper pads with zeros.
-Needs: torch, torchvision.
-Demo: python resnet.py (5 s on a CPU) prints sizes, and shows what SAM (sam.py) must take care of: BatchNorm.
+Needs: torch, torchvision (and sam.py for the demo).
+Demo: python resnet.py (5 s on a CPU) prints sizes, and shows what SAM must take care of: BatchNorm.
 """
 
 import torch
