@@ -93,9 +93,9 @@ class EvalBatches:
             yield [(0, index) for index in self.indices[batch * self.batch_size:stop]]
 
 
-def make_loader(dataset, batches, workers, device):
-    """A DataLoader whose own random numbers leave the global generator alone."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0,
+def make_loader(dataset, batches, workers, device, collate=None):
+    """A DataLoader whose own random numbers leave the global generator alone. collate: how samples become a batch, None: stacked."""
+    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
                       pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals)
 
 

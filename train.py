@@ -4,6 +4,7 @@
     python train.py --task pretrain --method mae --data cifar10 --data-path DATA --download
     python train.py --task classify --init runs/0001/checkpoint.pt --data cifar10 --data-path DATA
     python train.py --task classify --probe --init runs/0001/checkpoint.pt ...
+    python train.py --task detect --init runs/0001/checkpoint.pt ...
     python train.py @recipes/mirl_vit_s54_pretrain.txt --dry-run
     torchrun --nproc_per_node=4 train.py ...          the same on four devices
 
@@ -12,8 +13,8 @@ anywhere, it continues with --resume --output-dir DIR and ends with the weights 
 data order, augmentations, masks and drop path are functions of (seed, epoch or step, index), so
 the position in the run is all the state there is, besides model and optimizer.
 
-Source: recipes of MAE (arXiv 2111.06377), MIRL (arXiv 2309.14136), MixMIM (arXiv 2205.13137)
-and SAM for ViT and Mixer (arXiv 2106.01548). Written from the papers.
+Source: recipes of MAE (arXiv 2111.06377), MIRL (arXiv 2309.14136), MixMIM (arXiv 2205.13137), SAM for
+ViT and Mixer (arXiv 2106.01548) and detection with ViTs (arXiv 2111.11429). Written from the papers.
 Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
 """
 
@@ -41,8 +42,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import load_pretrained, read_checkpoint
+from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, collate, large_scale_jitter
 from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
+from detect import NORMS, proposal_recall, vit_mask_rcnn
 from mae import MAE
 from masking import mix_mask, num_visible, paste, patch_mean_loss
 from mirl import MIRL
@@ -74,11 +77,15 @@ DEFAULTS = {
         adaptive=False, base_optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
-        cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1, eval_corruptions=False, eval_pgd=False,
+        cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1, pyramid="taps", global_blocks="quarters", no_rel_pos=False, norm="group",
+        heads="small", jitter=None, eval_corruptions=False, eval_pgd=False,
         check=False),
     "mixmim": dict(model="mixmim_demo", mask_ratio=0.5),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
     "classify": dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, weight_decay=0.05, beta2=0.999),
+    # widths and regions of interest that two cores can train; the paper's: --heads full, its recipe in recipes/
+    "detect": dict(img_size=[128], patch_size=8, epochs=6, batch_size=4, blr=0.064, min_lr=0.0, weight_decay=0.05, beta2=0.999, warmup_epochs=0.25,
+                   clip_grad=1.0),
     "probe": dict(epochs=50, batch_size=256, blr=0.2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
     # python train.py: 16 tokens an image and 64 channels, so that 12 blocks learn something within a minute on two cores
     "tour": dict(patch_size=8, embed_dim=64, num_heads=2, segments=4, mask_ratio=0.5, epochs=10, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
@@ -122,13 +129,19 @@ def parse(argv=None):
         parser.add_argument(name, help=help + (f" (default {shown})" if shown else ""), **kwargs)
 
     switch = dict(action="store_true")
-    flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify"))
+    flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify", "detect"))
     flag("--method", "pre-training objective; classify: mixmim builds ViTs without class token, as it pre-trains them", choices=("mae", "mirl", "mixmim"))
     flag("--model", "preset of vit.py, mixmim.py, mixer.py or resnet.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
-    flag("--window-size", "overrides the preset of mixmim.py, one per stage", type=int, nargs="+")
+    flag("--window-size", "overrides the preset of mixmim.py, one per stage; detect: one number, default 14 tokens", type=int, nargs="+")
+    flag("--pyramid", "detect: maps after each quarter, four scales of the last map, or the last map alone", choices=("taps", "simple", "single"))
+    flag("--global-blocks", "detect: which blocks of a ViT see the whole map", choices=("quarters", "all", "none"))
+    flag("--no-rel-pos", "detect: no relative position bias", **switch)
+    flag("--norm", "detect: in neck and heads", choices=tuple(NORMS))
+    flag("--heads", "detect: small ones for a laptop, or the paper's", choices=("small", "full"))
+    flag("--jitter", "detect: range of large-scale jitter; default none for shapes, 0.1 2 for coco", type=float, nargs=2)
     flag("--shift", "hierarchical encoder: shift every other block's windows, as Swin does", **switch)
     flag("--segments", "MIRL's K; default the largest of 6, 4, 2 that divides the depth", type=int)
     flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
@@ -140,7 +153,7 @@ def parse(argv=None):
     flag("--mask-per-cycle", "MixMIM: one mask per pair of images instead of one per batch", **switch)
     flag("--raw-pixels", "MAE, MixMIM: predict pixels, not normalised patches", **switch)
     flag("--checkpointing", "recompute activations: less memory, more time", **switch)
-    flag("--data", "image set", choices=("shapes", "cifar10", "cifar100", "folder"))
+    flag("--data", "image set", choices=("shapes", "cifar10", "cifar100", "folder", "coco"))
     flag("--data-path", "where it lies")
     flag("--data-size", "shapes: training scenes", type=int)
     flag("--train-images", "use the first N of a fixed shuffle; with --dry-run just the epoch's size", type=int)
@@ -204,7 +217,10 @@ def resolve(given):
     by_method = DEFAULTS["mixmim"] if given.get("method") == "mixmim" else {}
     if stage == "tour" and by_method:
         stage = "tour mixmim"
-    args = argparse.Namespace(**{**DEFAULTS["all"], **by_method, **DEFAULTS[stage], **given})
+    defaults = {**DEFAULTS["all"], **by_method, **DEFAULTS[stage]}
+    if stage == "detect" and "model" in given:
+        defaults |= dict(img_size=None, patch_size=None)  # as its preset has them
+    args = argparse.Namespace(**{**defaults, **given})
     args.task = args.task or "pretrain"
     if args.model not in {**VITS, **HIERARCHICAL, **MIXERS, **RESNETS}:
         raise ValueError(f"--model {args.model} is unknown; choose from {', '.join({**VITS, **HIERARCHICAL, **MIXERS, **RESNETS})}")
@@ -220,6 +236,11 @@ def resolve(given):
         idle["attack_eps"] = "--adversarial or --eval-pgd"
     if args.method == "mirl":
         idle["raw_pixels"] = "--method mae or mixmim"
+    if args.task != "detect":
+        idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter"), "--task detect")
+    else:
+        idle |= dict.fromkeys(("loss", "adversarial", "eval_corruptions", "eval_pgd", "mixup", "cutmix", "label_smoothing", "layer_decay", "pool",
+                               "augment", "stats", "skip_bad"), "--task classify")
     if args.task != "pretrain" or args.method != "mixmim":
         idle |= dict.fromkeys(("fill", "single", "open_attention", "mask_per_cycle"), "--task pretrain --method mixmim")
     elif args.fill == "mask":
@@ -229,7 +250,7 @@ def resolve(given):
     if hierarchical:
         idle |= dict.fromkeys(("depth", "num_heads", "pool"), "a plain ViT")
     else:
-        idle |= dict.fromkeys(("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
+        idle |= dict.fromkeys(("shift",) if args.task == "detect" else ("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
     if mixer or resnet:
         idle |= dict.fromkeys(("num_heads", "pool", "checkpointing"), "a ViT")
     if resnet:
@@ -277,6 +298,10 @@ def resolve(given):
                          f"--method {args.method} with a plain ViT")
     if args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix" and args.batch_size < 2:
         raise ValueError(f"--batch-size {args.batch_size} leaves MixMIM nothing to mix; use at least 2")
+    if args.task == "detect":
+        check_detection(args, mixer)
+    elif args.data == "coco":
+        raise ValueError("--data coco has boxes and masks, not one label an image; it goes with --task detect")
     if args.img_size is not None and not 1 <= len(args.img_size) <= 2:
         raise ValueError(f"--img-size takes one number or H W, got {args.img_size}")
     with torch.device("meta"):  # no weights are made; the model's own checks run, and its sizes become the flags
@@ -301,12 +326,32 @@ def resolve(given):
             args.decoder_num_heads = max(1, args.decoder_embed_dim // 32)
         if args.method == "mirl" and args.segments is None:
             args.segments = next((k for k in (6, 4, 2) if args.depth % k == 0), 2)
-    if args.augment is None:
+    if args.augment is None and args.task != "detect":
         args.augment = "padcrop" if max(args.img_size) <= 64 else "mae" if args.task == "pretrain" else "inception"
     return args
 
 
+def check_detection(args, mixer):
+    if mixer:
+        raise ValueError(f"--model {args.model} takes one image size and has no map of places to detect in; choose a ViT, a hierarchical one or a ResNet")
+    if args.data not in ("shapes", "coco"):
+        raise ValueError(f"--data {args.data} has no boxes; --task detect takes shapes or coco")
+    if args.img_size is not None and len(set(args.img_size)) != 1:
+        raise ValueError(f"--img-size {args.img_size} must be one number for --task detect: images are padded to a square")
+    if args.window_size is not None and is_vit(args) and len(args.window_size) != 1:
+        raise ValueError(f"--window-size {args.window_size} must be one number for a plain ViT in --task detect")
+    if args.jitter is None and args.data == "coco":
+        args.jitter = [0.1, 2.0]
+    if args.jitter is not None and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
+        raise ValueError(f"--jitter {args.jitter} must be two positive numbers, the smaller first, such as 0.5 2")
+
+
 # ---------------------------------------------------------------------------- models
+
+
+SCENES = {"shapes": ShapeScenes, "coco": CocoImages}
+SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, aspect_ratios=(1.0,), rpn_batch_size_per_image=64,
+                   rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
 
 
 def is_vit(args):
@@ -314,7 +359,10 @@ def is_vit(args):
 
 
 def build_encoder(args):
-    sizes = {key: getattr(args, key) for key in ("patch_size", "embed_dim", "depth", "num_heads", "window_size") if getattr(args, key) is not None}
+    names = ["patch_size", "embed_dim", "depth", "num_heads", "window_size"]
+    if args.task == "detect" and is_vit(args):
+        names.remove("window_size")  # the pyramid's, not the ViT's
+    sizes = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
     if args.img_size is not None:
         sizes["img_size"] = args.img_size[0] if len(args.img_size) == 1 else tuple(args.img_size)
     shared = dict(num_classes=0, drop_path=args.drop_path, checkpointing=args.checkpointing, **sizes)
@@ -358,6 +406,8 @@ def build_model(args, num_classes, main_rank=False):
         return MAE(encoder, norm_pix_loss=not args.raw_pixels, **decoder)
     if is_vit(args):
         encoder.pos_embed.requires_grad_(True)
+    if args.task == "detect":
+        return build_detector(encoder, args, num_classes)
     if args.loss == "supcon":
         return SupCon(encoder)
     encoder.reset_classifier(num_classes)
@@ -373,6 +423,19 @@ def build_model(args, num_classes, main_rank=False):
     return encoder
 
 
+def build_detector(encoder, args, num_classes):
+    """Mask R-CNN around it. Anchors and the scale of regions follow the image; 1024 pixels are the paper's."""
+    size, small, data = args.img_size[0], args.heads == "small", SCENES[args.data]
+    heads = SMALL_HEADS if small else {}
+    if args.pyramid != "single":
+        levels = 1 + len(getattr(encoder, "depths", range(4)))
+        sides = [max(4, size * 2**k // 32) for k in range(levels)]
+        heads = {**heads, "anchor_sizes": [(side, round(side * 2**0.5)) if small else (side,) for side in sides]}
+    return vit_mask_rcnn(encoder, num_classes, size, (args.window_size or [14])[0], args.global_blocks, args.pyramid, not args.no_rel_pos,
+                         args.checkpointing, args.norm, canonical_scale=size * 7 // 8 if small else 224, image_mean=data.mean, image_std=data.std,
+                         **heads)
+
+
 def layer_number(name, depths):
     """0 the embedding, 1 .. the blocks, then norm and head; a merging goes with the block it leads to. depths: per stage."""
     if name.startswith(("cls_token", "pos_embed", "patch_embed", "stem")):
@@ -386,7 +449,7 @@ def layer_number(name, depths):
 
 
 def param_groups(model, args):
-    """Groups with weight_decay and lr_scale: no decay on 1-D tensors; one group per block and kind."""
+    """Groups with weight_decay and lr_scale: no decay on 1-D tensors, nor on detection's position tables; one group per block and kind."""
     groups, depths = {}, getattr(getattr(model, "encoder", model), "depths", [args.depth or 0])
     for name, param in model.named_parameters():
         name = name.removeprefix("encoder.")
@@ -394,6 +457,7 @@ def param_groups(model, args):
             continue
         # pre-training decays class and mask tokens as the official codes do; fine-tuning spares token and table
         spare = param.ndim <= 1 or name.endswith(".bias") or (args.task == "classify" and name in ("cls_token", "pos_embed"))
+        spare |= args.task == "detect" and name.endswith(("pos_embed", "relative_position_bias_table"))
         scale = args.layer_decay ** (sum(depths) + 1 - layer_number(name, depths))
         key = (spare, scale)
         groups.setdefault(key, dict(params=[], weight_decay=0.0 if spare else args.weight_decay, lr_scale=scale))
@@ -461,6 +525,8 @@ def make_objective(model, args, bare=None, mean=0.0, std=1.0):
     """
     if args.task == "pretrain":
         return lambda images, labels, noise: model(images, args.mask_ratio, mask_noise(noise, args)).loss
+    if args.task == "detect":
+        return lambda images, targets: sum(model(images, targets).values())
     if args.loss == "supcon":
         return lambda views, labels, noise: model(views, labels).loss  # each process contrasts within its own images
     mixes = [make(alpha=alpha, num_classes=args.num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
@@ -531,6 +597,51 @@ class World:
 
 
 # ---------------------------------------------------------------------------- evaluation, pictures, checkpoints
+
+
+def to_device(batch, device):
+    """Tensors, also those in lists and dicts."""
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    return [to_device(value, device) for value in batch] if isinstance(batch, (list, tuple)) else batch
+
+
+def evaluate_detection(model, loader, source, world, autocast):
+    """box_ap, box_ap50, mask_ap, mask_ap50 in percent, and how many true boxes the proposals cover."""
+    with autocast:
+        result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, progress=world.rank == 0)
+        counts = [proposal_recall(model, *to_device(batch, world.device)) for batch in loader]
+    found, there = world.sum([sum(column) for column in zip(*counts)] or [0, 0])
+    wanted = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
+    return {**{key: 100 * result[key] for key in wanted}, "proposal_recall": 100 * found / max(1, there)}
+
+
+@torch.no_grad()
+def save_detections(path, model, data, device, shown=6, sure=0.5):
+    """Truth beside what was found with a score above `sure`: boxes and masks."""
+    from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+
+    def draw(image, boxes, masks, names, colour):
+        image = draw_segmentation_masks(image, masks, alpha=0.5) if len(masks) else image
+        return draw_bounding_boxes(image, boxes, names, colors=colour, width=1) if len(boxes) else image
+
+    model.eval()
+    side, columns = max(data[0, 0][0].shape[-2:]), {"truth": [], f"found, score above {sure:g}": []}
+    names = ["", *data.source.classes]
+    for i in torch.linspace(0, len(data) - 1, min(shown, len(data))).long().tolist():
+        image, target = data[0, i]
+        out = {key: value.cpu() for key, value in model([image.to(device)])[0].items()}
+        keep = out["scores"] > sure
+        for column, boxes, labels, masks, colour in (("truth", target["boxes"], target["labels"], target["masks"].bool(), "white"), (
+                f"found, score above {sure:g}", out["boxes"][keep], out["labels"][keep], out["masks"][keep, 0] > 0.5, "yellow")):
+            picture = draw(image, boxes, masks, [names[label] for label in labels.tolist()], colour)
+            side = max(side, *picture.shape[-2:])
+            columns[column].append(picture)
+    square = {name: torch.stack([F.pad(p, (0, side - p.shape[-1], 0, side - p.shape[-2])) for p in column]) for name, column in columns.items()}
+    save_grid(path, square, cell=max(128, min(side, 320)))
+    model.train()
 
 
 @torch.no_grad()
@@ -677,6 +788,15 @@ def ema_update(decay):
 # ---------------------------------------------------------------------------- the run
 
 
+def open_scenes(args, train):
+    """The training or validation scenes of --task detect."""
+    if args.data == "shapes":
+        return ShapeScenes(args.data_size if train else max(1, args.data_size // 4), args.img_size[0], train=train)
+    if args.data_path is None:
+        raise ValueError("data 'coco' needs --data-path")
+    return CocoImages(args.data_path, "train2017" if train else "val2017")
+
+
 def run(args, world, folder, stop, command, home=None):
     """One task from start (or checkpoint) to end. Returns the last epoch's log line, with `baseline` where it applies.
 
@@ -692,17 +812,18 @@ def run(args, world, folder, stop, command, home=None):
     if args.download and world.rank != 0:
         world.gather(None)  # rank 0 downloads first
         data["download"] = False
-    source = open_source(train=True, **data)
+    detecting = args.task == "detect"
+    source = open_scenes(args, train=True) if detecting else open_source(train=True, **data)
     if args.download and world.rank == 0:
         world.gather(None)
     try:
-        val_source = open_source(train=False, **data)
+        val_source = open_scenes(args, train=False) if detecting else open_source(train=False, **data)
     except ValueError as error:
         if args.task != "pretrain":
             raise
         val_source = None  # unlabelled sets often have no second half
         say(f"no validation set: {error}")
-    if val_source is not None and args.task == "classify" and list(val_source.classes) != list(source.classes):
+    if val_source is not None and args.task != "pretrain" and list(val_source.classes) != list(source.classes):
         raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)} folders")
     mixing = args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix"
     comparing = mixing or args.loss == "supcon"
@@ -715,13 +836,18 @@ def run(args, world, folder, stop, command, home=None):
             some.cache(list(range(len(some))) if wanted is None else wanted, progress=main_rank)
         getattr(some, "images", None)  # shapes: draw a small set now, once, before loading processes copy it
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
-    noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
-    train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
-                       views=2 if args.loss == "supcon" else 1)
-    plain = augmentation("none", args.img_size, mean, std)
-    # folders come sorted by class, but supcon compares within a batch
-    val_indices = first_of_shuffle(len(val_source), len(val_source)) if args.loss == "supcon" else None
-    val_set = None if val_source is None else Images(val_source, plain, args.seed, val_indices, noise_size)
+    if detecting:
+        fill = [round(255 * value) for value in mean]  # what becomes zero by normalisation, with which the detector pads too
+        jitter = None if args.jitter is None else large_scale_jitter(args.img_size[0], fill, args.jitter)
+        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source)
+    else:
+        noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
+        train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
+                           views=2 if args.loss == "supcon" else 1)
+        plain = augmentation("none", args.img_size, mean, std)
+        # folders come sorted by class, but supcon compares within a batch
+        val_indices = first_of_shuffle(len(val_source), len(val_source)) if args.loss == "supcon" else None
+        val_set = None if val_source is None else Images(val_source, plain, args.seed, val_indices, noise_size)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
 
     # model
@@ -730,6 +856,8 @@ def run(args, world, folder, stop, command, home=None):
     model = build_model(args, args.num_classes, main_rank).to(device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
+    if detecting and world.size > 1 and device.type == "cuda":  # two images a process are too few for BatchNorm
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     learner = model
     if args.probe:  # the encoder is frozen, so its features never change: compute them once, train the head on them
         train_set = probe_features(model, Images(source, plain, args.seed, indices), args, world, autocast, workers)
@@ -743,12 +871,13 @@ def run(args, world, folder, stop, command, home=None):
         learner, workers = model.head[1], 0
     plan = plan_steps(args, len(train_set), world.size)
     train_batches = TrainBatches(len(train_set), plan.batch_size, args.seed, world.rank, world.size)
-    loader = make_loader(train_set, train_batches, workers, device)
+    lists = collate if detecting else None
+    loader = make_loader(train_set, train_batches, workers, device, lists)
     val_loader = None
     if val_set is not None:
         smallest = 2 if comparing else 1  # who is mixed or compared needs a partner
         val_batches = EvalBatches(len(val_set), plan.batch_size, world.rank, world.size, smallest)
-        val_loader = make_loader(val_set, val_batches, workers, device)
+        val_loader = make_loader(val_set, val_batches, workers, device, lists)
     ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
@@ -771,7 +900,7 @@ def run(args, world, folder, stop, command, home=None):
         baseline = patch_mean_loss(torch.stack([looked_at[0, i][0] for i in range(min(256, len(looked_at)))]), args.mask_patch_size,
                                    args.method == "mirl" or not args.raw_pixels).item()
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
-    else:
+    elif not detecting:
         names = {True: [], False: []}
         for name, param in model.named_parameters():
             names[param.requires_grad].append(name.split(".")[0])
@@ -847,7 +976,7 @@ def run(args, world, folder, stop, command, home=None):
             for group in optimizer.param_groups:
                 group["lr"] = now * group["lr_scale"]
             waited = time.monotonic()
-            window = [[t.to(device, non_blocking=True) for t in batch] for batch in itertools.islice(batches, args.accum)]
+            window = [to_device(batch, device) for batch in itertools.islice(batches, args.accum)]
             data_seconds += time.monotonic() - waited
             verdict = {}
 
@@ -910,7 +1039,10 @@ def run(args, world, folder, stop, command, home=None):
         due = (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs
         if due and val_loader is not None:  # its truth value would be its length, which may be 0 on one rank only
             world.share(judged.buffers())  # each rank's BatchNorm has seen its own last batch
-            line.update(evaluate(judged, val_loader, args, world, autocast))
+            if detecting:
+                line.update(evaluate_detection(judged, val_loader, val_source, world, autocast))
+            else:
+                line.update(evaluate(judged, val_loader, args, world, autocast))
             if epoch + 1 == args.epochs and (args.eval_corruptions or args.eval_pgd):
                 line.update(evaluate_robustness(judged, val_loader, args, world, autocast, mean, std))
         if isinstance(source, Folder) and int(source.bad.sum()):
@@ -922,6 +1054,8 @@ def run(args, world, folder, stop, command, home=None):
             say(f"  loading takes {data_seconds / seconds:.0%} of the time: try more --workers")
         if args.task == "pretrain" and main_rank:
             save_pictures(folder / "reconstruction.png", judged, looked_at, args, mean, std, device)
+        if detecting and due and main_rank:
+            save_detections(folder / "detections.png", judged, val_set, device)
         loss_sum, loss_count = 0.0, 0
         save(epoch + 1)
         last_save = time.monotonic()
@@ -938,7 +1072,7 @@ def dry_run(args, world):
     """Parameters, multiply-adds, steps, memory and device-hours, from a forward pass without data or weights."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    known = {"shapes": (args.data_size, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100), "folder": (1_281_167, 1000)}
+    known = {"coco": (118_287, 80), "shapes": (args.data_size, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100), "folder": (1_281_167, 1000)}
     images, num_classes = known[args.data]
     if args.data == "folder" and args.data_path and Path(args.data_path).is_dir():
         source = Folder(args.data_path, train=True)
@@ -957,13 +1091,16 @@ def dry_run(args, world):
             return tensor
 
         count = 2 if args.task == "pretrain" and args.method == "mixmim" else 1  # a pair, where images are mixed
-        batch = torch.empty(count, getattr(model, "encoder", model).in_chans, *args.img_size)
+        batch = torch.empty(count, getattr(getattr(model, "encoder", model), "in_chans", 3), *args.img_size)
+        measured = model
         if args.loss == "supcon":  # two views an image; the comparison of all views costs next to nothing
-            model, batch = nn.Sequential(model.encoder, model.head), batch.repeat(2, 1, 1, 1)
+            measured, batch = nn.Sequential(model.encoder, model.head), batch.repeat(2, 1, 1, 1)
+        if args.task == "detect":  # regions depend on what is seen
+            measured = model.backbone
         if args.probe:
             model.eval()
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            model(batch, args.mask_ratio) if args.task == "pretrain" else model(batch)
+            measured(batch, args.mask_ratio) if args.task == "pretrain" else measured(batch)
     macs = counter.get_total_flops() / 2 / count
     passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
     passes *= (1 + (args.optimizer == "sam")) * (1 + args.adversarial)  # an attack is a pass forward and back, to the pixels
@@ -974,7 +1111,7 @@ def dry_run(args, world):
     seen = images if args.probe else plan.total_steps * plan.effective
     print(f"model        {args.model}, {args.task}{' by ' + args.method if args.task == 'pretrain' else ''}, {args.img_size[0]}x{args.img_size[1]} px")
     print(f"parameters   {total:,} ({trainable:,} trainable)")
-    print(f"multiply-adds {macs / 1e9:.3f} G per image, forward")
+    print(f"multiply-adds {macs / 1e9:.3f} G per image, forward" + (", without the heads on proposals" if args.task == "detect" else ""))
     print(f"steps        {plan.total_steps:,} of {plan.effective} images, {args.epochs} epochs of {images:,}")
     print(f"lr           {plan.lr:.3g} (base {args.blr:g} per 256)")
     print(f"memory       about {(4 * total + moments * trainable + activations) / 1e9:.1f} GB per device in fp32: weights, gradients, the optimizer's copies, "

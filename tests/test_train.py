@@ -853,6 +853,75 @@ def test_init_from_a_file_in_maes_layout(tmp_path, capsys):
     assert all(torch.equal(after[name], value) for name, value in encoder.items() if name in after and not name.startswith("norm."))
 
 
+# ---------------------------------------------------------------------------- detection
+
+
+DETECT = "--task detect --data-size 16 --epochs 2 --batch-size 4 --img-size 48 --depth 4 --embed-dim 32 --num-heads 2"
+
+
+@pytest.fixture(scope="module")
+def detected(tmp_path_factory):
+    pytest.importorskip("pycocotools")
+    folder = tmp_path_factory.mktemp("detected")
+    start(DETECT, folder)
+    return folder
+
+
+def test_detection_leaves_average_precision_pictures_and_a_checkpoint_that_loads(detected):
+    last = log(detected)[-1]
+    assert {"box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall"} <= set(last) and "val_loss" not in last
+    assert all(-100 <= last[key] <= 100 for key in ("box_ap", "mask_ap50")) and (detected / "detections.png").exists()
+    model = train.build_model(train.resolve(train.parse(DETECT.split())), 10)
+    model.load_state_dict(checkpoint(detected)["model"])
+
+
+def test_detections_figures_are_those_of_the_saved_model(detected):
+    args = train.resolve(train.parse(DETECT.split()))
+    model = train.build_model(args, 10)
+    model.load_state_dict(checkpoint(detected)["model"])
+    source = train.open_scenes(args, train=False)
+    loader = train.make_loader(train.Detections(source), train.EvalBatches(4, 3), 0, torch.device("cpu"), train.collate)
+    figures = train.evaluate_detection(model, loader, source, train.World("cpu"), train.nullcontext())
+    for key, value in figures.items():  # in batches of another size
+        assert log(detected)[-1][key] == pytest.approx(value, abs=1e-3)
+
+
+def test_detection_killed_and_resumed_ends_with_the_same_bits(detected, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at_save(patch, 1, True)
+        with pytest.raises(Killed):
+            start(DETECT, tmp_path)
+    start("--resume", tmp_path)
+    assert_same_bits(checkpoint(detected)["model"], checkpoint(tmp_path)["model"])
+
+
+def test_detection_starts_from_an_encoder_pretrained_at_another_size(tmp_path, capsys):
+    sizes = "--embed-dim 32 --depth 4 --num-heads 2 --patch-size 8"
+    start(f"--task pretrain --segments 2 {sizes} --img-size 32 --data-size 32 --batch-size 8 --epochs 1", tmp_path / "pre")
+    start(f"--task detect --data-size 8 --epochs 1 --img-size 48 {sizes} --optimizer sam --jitter 0.5 2 --init {tmp_path / 'pre' / 'checkpoint.pt'}",
+          tmp_path / "run")
+    assert "resized: pos_embed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("model", ["--model mixmim_demo", "--model resnet18 --img-size 64", "--pyramid simple --norm layer",
+                                   "--pyramid single --global-blocks none --window-size 3 --no-rel-pos --checkpointing"])
+def test_other_detectors_train_a_step(tmp_path, model):
+    pytest.importorskip("pycocotools")
+    small = "--img-size 48 --depth 4 --embed-dim 32 --num-heads 2" if "--model" not in model else ""
+    start(f"--task detect --data-size 4 --epochs 1 {small} {model}", tmp_path)
+    assert math.isfinite(log(tmp_path)[-1]["train_loss"])
+
+
+def test_detection_spares_positions_and_norms_from_decay():
+    args = train.resolve(train.parse(DETECT.split()))
+    model = train.build_model(args, 10)
+    names = {param: name for name, param in model.named_parameters()}
+    spared = {names[p] for group in train.param_groups(model, args) if group["weight_decay"] == 0 for p in group["params"]}
+    tables = [name for name in names.values() if name.endswith(("pos_embed", "relative_position_bias_table"))]
+    assert len(tables) == 2 and set(tables) <= spared and all(name in spared for name in names.values() if name.endswith(("bias", "norm1.weight")))
+    assert "roi_heads.box_predictor.cls_score.weight" not in spared
+
+
 # ---------------------------------------------------------------------------- dry runs and recipes
 
 
@@ -1026,6 +1095,17 @@ BAD = [  # flags, a word of the message
     ("--task pretrain --model mixer_demo", "--task classify"),
     ("--task classify --model mixer_demo --pool cls", "a ViT"),
     ("--task classify --model mixer_demo --img-size 30", "30"),
+    (f"{DETECT} --model mixer_demo".replace("--num-heads 2", ""), "mixer_demo"),
+    (f"{DETECT} --data folder", "boxes"),
+    (f"{DETECT} --data coco", "data-path"),
+    (f"{DETECT} --data coco --data-path empty", "annotations"),
+    (f"{DETECT} --img-size 48 64", "square"),
+    (f"{DETECT} --window-size 3 3", "window-size"),
+    (f"{DETECT} --jitter 2 0.1", "jitter"),
+    (f"{DETECT} --mixup 0.8", "--task classify"),
+    (f"{DETECT} --depth 6", "quarters"),
+    (f"{CLASSIFY} --pyramid simple", "--task detect"),
+    (f"{CLASSIFY} --data coco --data-path empty", "--task detect"),
     ("--task pretrain --model resnet18", "--task classify"),
     ("--task classify --model resnet50 --depth 3", "a ViT or a Mixer"),
     ("--task classify --model resnet8 --layer-decay 0.7", "a ViT or a Mixer"),
@@ -1156,6 +1236,7 @@ JOBS = {
     "probe": f"--task classify --probe {FEW}",
     "resnet": f"--task classify --model resnet8 --data-size 84 --epochs 1 --optimizer sam --base-optimizer sgd {FLAT} --eval-pgd --eval-corruptions",
     "supcon": f"--task classify --loss supcon {FEW}",
+    "detect": f"--task detect --img-size 48 --depth 4 --embed-dim 32 --num-heads 2 --data-size 84 --epochs 1 --lr 1e-3",
     "default": f"--segments 2 {MODEL} --data-size 512 --epochs 1 --accum 2 --blr 0.004",
 }
 
@@ -1209,6 +1290,17 @@ def test_two_processes_judge_the_checkpoint_they_save(two_processes, tmp_path, j
     judged = train.evaluate(model, loader, args, world, train.nullcontext())
     assert last["val_loss"] == pytest.approx(judged["val_loss"], abs=1e-5) and last["val_acc"] == pytest.approx(judged["val_acc"], abs=1e-3)
     assert 0 <= last["pgd_acc"] <= last["val_acc"] + 1e-6 and 0 <= last["corrupted_acc"] <= 100
+
+
+def test_two_processes_evaluate_detection_exactly_as_one(two_processes):
+    last, saved = log(two_processes[0] / "detect")[-1], checkpoint(two_processes[0] / "detect")
+    args = train.resolve(train.parse(JOBS["detect"].split()))
+    model = train.build_model(args, 10)
+    model.load_state_dict(saved["model"])
+    source = train.open_scenes(args, train=False)  # 21 scenes
+    loader = train.make_loader(train.Detections(source), train.EvalBatches(21, 8), 0, torch.device("cpu"), train.collate)
+    figures = train.evaluate_detection(model, loader, source, train.World("cpu"), train.nullcontext())
+    assert {key: float(f"{value:.6g}") for key, value in figures.items()} == {key: last[key] for key in figures}
 
 
 def test_two_processes_report_the_effective_batch_of_both(two_processes):

@@ -1,0 +1,180 @@
+import json
+
+import pytest
+import torch
+from torch import nn
+from torchvision.transforms.functional import to_pil_image
+
+pytest.importorskip("pycocotools")
+
+import coco
+from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, collate, large_scale_jitter, make_truth
+from detect import check_target
+
+
+class Oracle(nn.Module):
+    """Says what it was told, sample after sample."""
+
+    def __init__(self, answers):
+        super().__init__()
+        self.answers, self.at = answers, 0
+
+    def forward(self, images):
+        self.at += len(images)
+        return self.answers[self.at - len(images):self.at]
+
+
+def answer(target, scores=None, shift=0):
+    n = len(target["boxes"])
+    return dict(boxes=target["boxes"] + shift, labels=target["labels"], scores=torch.ones(n) if scores is None else torch.tensor(scores),
+                masks=target["masks"][:, None].float())
+
+
+def batches(samples, size=1):
+    return [collate(samples[i:i + size]) for i in range(0, len(samples), size)]
+
+
+@pytest.fixture(scope="module")
+def scenes():
+    source = ShapeScenes(21, 64, train=False)
+    data = Detections(source)
+    return source, [data[0, i] for i in range(len(data))]
+
+
+def judge(source, samples, answers, size=1):
+    return coco_evaluate(Oracle(answers), batches(samples, size), source.truth(), source.ids)
+
+
+def test_the_truth_against_itself_is_one_and_nothing_found_is_zero(scenes):
+    source, samples = scenes
+    result = judge(source, samples, [answer(target) for _, target in samples])
+    assert all(result[f"{kind}_{key}"] == 1 for kind in ("box", "mask") for key in ("ap", "ap50", "ap75"))
+    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0), masks=torch.zeros(0, 1, 64, 64))
+    result = judge(source, samples, [none] * len(samples))
+    assert result["box_ap"] == result["mask_ap50"] == 0
+
+
+def test_without_any_truth_it_does_not_crash():
+    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 8, 8, dtype=torch.uint8))
+    truth = make_truth([(torch.zeros(3, 8, 8), empty)], [1])
+    one = dict(boxes=torch.tensor([[0.0, 0, 4, 4]]), labels=torch.tensor([1]), scores=torch.tensor([0.9]), masks=torch.ones(1, 1, 8, 8))
+    result = coco_evaluate(Oracle([one]), [([torch.zeros(3, 8, 8)], [dict(image_id=0)])], truth, [1])
+    assert result["box_ap"] == -1
+
+
+def test_average_precision_matches_a_hand_computed_one():
+    """Two objects of a class: the surest answer is right, the second wrong, the third right. Precision 1 up to recall 1/2, then 2/3."""
+    mask = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    mask[0, :10, :10], mask[1, 20:30, 20:30] = 1, 1
+    target = dict(boxes=torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), labels=torch.tensor([1, 1]), masks=mask)
+    truth = make_truth([(torch.zeros(3, 40, 40), target)], [1])
+    wrong = torch.tensor([[0.0, 30, 10, 40]])
+    found = dict(boxes=torch.cat([target["boxes"][:1], wrong, target["boxes"][1:]]), labels=torch.ones(3, dtype=torch.long),
+                 scores=torch.tensor([0.9, 0.8, 0.7]))
+    result = coco_evaluate(Oracle([found]), [([torch.zeros(3, 40, 40)], [dict(image_id=0)])], truth, [1])
+    assert result["box_ap50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101, abs=1e-6) and "mask_ap" not in result  # 101 recalls: 0, 0.01, ...
+
+
+def test_the_figures_do_not_depend_on_the_batch_size(scenes):
+    source, samples = scenes
+    torch.manual_seed(0)
+    answers = [answer(target, torch.rand(len(target["boxes"])).tolist(), shift=2) for _, target in samples]
+    assert judge(source, samples, answers) == judge(source, samples, answers, 4)
+
+
+def test_masks_are_kept_as_run_lengths(scenes, monkeypatch):
+    source, samples = scenes
+    truth, kept = source.truth(), []
+    real = truth.loadRes
+    monkeypatch.setattr(truth, "loadRes", lambda results: kept.append(results) or real(results))
+    coco_evaluate(Oracle([answer(target) for _, target in samples]), batches(samples), truth, source.ids)
+    sizes = [len(one["segmentation"]["counts"]) for one in kept[1]]
+    assert max(sizes) < 64 * 64 / 8
+
+
+@pytest.fixture
+def layout(tmp_path):
+    """Three images: an RGB one with an object and a crowd, a grey one with an object of the other class, an empty one."""
+    (tmp_path / "train2017").mkdir()
+    (tmp_path / "annotations").mkdir()
+    for name, channels in (("a.jpg", 3), ("b.jpg", 1), ("c.jpg", 3)):
+        to_pil_image(torch.rand(channels, 30, 40)).save(tmp_path / "train2017" / name)
+    square = [[5, 5, 15, 5, 15, 20, 5, 20]]
+    content = dict(
+        images=[dict(id=k, file_name=name, height=30, width=40) for k, name in ((7, "a.jpg"), (3, "b.jpg"), (9, "c.jpg"))],
+        categories=[dict(id=5, name="cat"), dict(id=2, name="dog")],
+        annotations=[dict(id=1, image_id=7, category_id=5, bbox=[5, 5, 10, 15], area=150, iscrowd=0, segmentation=square),
+                     dict(id=2, image_id=7, category_id=5, bbox=[0, 0, 40, 30], area=1200, iscrowd=1, segmentation=dict(size=[30, 40], counts=[0, 1200])),
+                     dict(id=3, image_id=3, category_id=2, bbox=[5, 5, 10, 15], area=150, iscrowd=0, segmentation=square)])
+
+    def write(change=lambda content: None):
+        change(content)
+        (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
+        return tmp_path
+    return write
+
+
+def test_a_data_set_in_cocos_layout_gives_contiguous_labels_no_crowds_and_typed_empties(layout):
+    source = CocoImages(layout())
+    assert source.classes == ["dog", "cat"] and source.ids == [2, 5] and source.image_ids == [3, 7, 9]
+    samples = [source.sample(i) for i in range(3)]
+    assert [image.shape for image, _ in samples] == [(3, 30, 40)] * 3  # grey became RGB
+    assert [target["labels"].tolist() for _, target in samples] == [[1], [2], []]
+    torch.testing.assert_close(samples[0][1]["boxes"], torch.tensor([[5.0, 5, 15, 20]]))
+    assert samples[0][1]["masks"].sum() == 150 and samples[2][1]["boxes"].shape == (0, 4) and samples[2][1]["masks"].shape == (0, 30, 40)
+    for k in range(3):
+        image, target = Detections(source)[0, k]
+        check_target(image, target, 2)
+
+
+def test_a_crowd_is_neither_hit_nor_miss(layout):
+    source = CocoImages(layout())
+    data = Detections(source)
+    samples = [data[0, i] for i in range(3)]
+    answers = [answer(target) for _, target in samples]
+    extra = torch.tensor([[20.0, 0, 40, 30]])  # inside the crowd
+    answers[1] = dict(boxes=torch.cat([extra, answers[1]["boxes"]]), labels=torch.tensor([2, 2]), scores=torch.tensor([0.99, 0.9]),
+                      masks=torch.cat([torch.ones(1, 1, 30, 40), answers[1]["masks"]]))
+    assert judge(source, samples, answers)["box_ap"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c["images"].append(dict(id=1, file_name="gone.jpg", height=1, width=1)), "gone.jpg"),
+    (lambda c: c["images"][0].update(height=31), "a.jpg: the annotations say 31x40"),
+    (lambda c: c["annotations"][0].update(category_id=99), "a.jpg: category_id 99"),
+    (lambda c: c["annotations"][0].update(bbox=[30, 5, 25, 15]), "a.jpg: a box reaches beyond"),
+    (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 15]), "a.jpg: box 0"),
+    (lambda c: c.pop("categories"), "no COCO annotation file"),
+])
+def test_a_broken_annotation_is_named(layout, change, words):
+    with pytest.raises(ValueError, match=words) as error:
+        source = CocoImages(layout(change))
+        [Detections(source)[0, i] for i in range(len(source))]
+    assert "\n" not in str(error.value)
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(ValueError, match="instances_train2017.json"):
+        CocoImages(tmp_path)
+
+
+def test_without_pycocotools_the_install_is_named(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "pycocotools", None)
+    with pytest.raises(ValueError, match="pip install pycocotools"):
+        coco.need_pycocotools()
+
+
+@pytest.mark.parametrize("scale_range", [(0.1, 0.3), (1.0, 1.0), (1.5, 2.0)])
+def test_jittered_scenes_have_one_size_and_boxes_that_fit_their_masks(scale_range):
+    data = Detections(ShapeScenes(12, 64), large_scale_jitter(48, [80, 90, 100], scale_range))
+    for i in range(12):
+        image, target = data[0, i]
+        check_target(image, target, 10)
+        assert image.shape == (3, 48, 48)
+        for box, mask in zip(target["boxes"], target["masks"]):
+            y, x = torch.nonzero(mask, as_tuple=True)
+            assert box.tolist() == [x.min(), y.min(), x.max() + 1, y.max() + 1]
+        if scale_range[1] < 0.5:  # mostly padding, in the colour asked for
+            assert ((image * 255).round() == torch.tensor([80.0, 90, 100]).view(3, 1, 1)).all(0).float().mean() > 0.7
+    again = Detections(data.source, data.jitter)
+    assert torch.equal(data[3, 5][0], again[3, 5][0]) and not all(torch.equal(data[3, i][0], data[4, i][0]) for i in range(12))
