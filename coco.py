@@ -19,6 +19,7 @@ Demo: python coco.py (10 s on a CPU) measures the truth against itself, and shif
 """
 
 import contextlib
+import functools
 import io
 import json
 from pathlib import Path
@@ -59,7 +60,8 @@ class CocoImages:
     """A data set in COCO's layout: root/annotations/instances_<split>.json and root/<split>/*.jpg.
 
     sample(i) -> image uint8 (3, H, W), target of tensors: boxes (n, 4) x1 y1 x2 y2, labels (n,) 1..K, masks (n, H, W) uint8.
-    classes are the names in the file's order; ids the file's category ids. Grayscale becomes RGB; an image may be empty.
+    classes are the names by category id, ids those ids. Grayscale becomes RGB; an image may be empty. Objects without width or
+    height, of which the official files have a few, are no targets.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
@@ -76,6 +78,15 @@ class CocoImages:
             self.classes = [category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is no COCO annotation file with images, annotations and categories; restore it") from None
+        for entry in content["images"]:
+            if not {"height", "width"} <= set(entry):
+                raise ValueError(f"{file.name}: image {entry['file_name']} has no height and width; add them")
+        for entry in content["annotations"]:
+            entry.setdefault("iscrowd", 0)
+            lacks = {"id", "image_id", "category_id", "bbox", "area", "segmentation"} - {key for key, value in entry.items() if value not in ([], None)}
+            if lacks or entry["image_id"] not in names:
+                raise ValueError(f"{file.name}: annotation {entry.get('id')} has no {', '.join(sorted(lacks)) or 'image in the file'}; complete or "
+                                 "drop it")
         absent = [name for name in names.values() if not (self.folder / name).is_file()]
         if absent:
             raise ValueError(f"{len(absent)} images named in {file.name} are not in {self.folder}, first {absent[0]}; add them or drop their entries")
@@ -109,8 +120,10 @@ class CocoImages:
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
         masks = [torch.from_numpy(self.coco.annToMask(a)) for a in things]
-        return image, dict(boxes=boxes, labels=torch.tensor([self.ids.index(a["category_id"]) + 1 for a in things], dtype=torch.long),
-                           masks=torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8))
+        labels = torch.tensor([self.ids.index(a["category_id"]) + 1 for a in things], dtype=torch.long)
+        masks = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
+        real = (boxes[:, 2:] > boxes[:, :2]).all(1)
+        return image, dict(boxes=boxes[real], labels=labels[real], masks=masks[real])
 
     def truth(self):
         """pycocotools' COCO, crowds included."""
@@ -137,8 +150,12 @@ class ShapeScenes:
         scene = self.shapes.scene(i)
         return scene["image"], {key: scene[key] for key in ("boxes", "labels", "masks")}
 
-    def truth(self):
+    @functools.cached_property
+    def _truth(self):
         return make_truth([self.sample(i) for i in range(len(self))], self.ids)
+
+    def truth(self):
+        return self._truth
 
 
 def make_truth(samples, ids):
@@ -164,12 +181,22 @@ def encode(mask, pixels):
 # ---------------------------------------------------------------------------- augmentation
 
 
+class Zoom(v2.ScaleJitter):
+    """torchvision's, which may shrink the short side of a long image to nothing (torch cannot resize to 1 x 1 either)."""
+
+    def make_params(self, flat_inputs):
+        return dict(size=tuple(max(2, side) for side in super().make_params(flat_inputs)["size"]))
+
+
 def large_scale_jitter(img_size, fill, scale_range=(0.1, 2.0)):
-    """(1), of torchvision's parts, on (image, target) with tv_tensors. fill: the colour of the padding, 0..255 per channel."""
+    """(1), of torchvision's parts, on (image, masks) as tv_tensors. fill: the colour of the padding, 0..255 per channel.
+
+    A scene smaller than the square lies anywhere in it; at evaluation the detector puts it into the upper left corner.
+    """
     size = (img_size, img_size)
     return v2.Compose([
         v2.RandomHorizontalFlip(),
-        v2.ScaleJitter(size, scale_range, antialias=True),
+        Zoom(size, scale_range, antialias=True),
         v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: list(fill), "others": 0})])
 
 
@@ -249,7 +276,7 @@ def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
     kinds = {"box": "bbox", "mask": "segm"} if not found or "segmentation" in found[0] else {"box": "bbox"}
     for name, kind in kinds.items():
         if not found:
-            result |= {f"{name}_{key}": 0.0 for key in AP}
+            result |= {f"{name}_{key}": 0.0 if truth.getAnnIds(iscrowd=False) else -1.0 for key in AP}
             continue
         # with a bbox in it pycocotools would take the box's area for the mask's
         results = [{key: value for key, value in one.items() if key != ("bbox" if kind == "segm" else "segmentation")} for one in found]

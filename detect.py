@@ -15,7 +15,8 @@ two convolutions before the proposals, four convolutions and a layer for boxes, 
 Everything is sized by arguments, so that it also trains on a laptop.
 
 Windows at the border are simply smaller. That equals padding them and masking the padding, without
-computing it; the official follow-up (ViTDet) pads and attends to the padding.
+computing it; the official follow-up (ViTDet) pads and attends to the padding. We differ: torchvision's
+RoIAlign samples half a pixel beside detectron2's.
 
 Source: Li et al. 2021, arXiv 2111.11429; simple pyramid: ViTDet, Li et al. 2022, arXiv 2203.16527. Written
 from the papers, sizes checked in detectron2's ViTDet and MIMDet.
@@ -40,6 +41,7 @@ from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredic
 from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
+from torchvision.ops.poolers import initLevelMapper
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -246,6 +248,8 @@ class ResNetPyramid(IntermediateLayerGetter):
     kind = "taps"
 
     def __init__(self, resnet):
+        if not isinstance(getattr(resnet, "layer4", None), nn.Sequential):
+            raise ValueError("the encoder has no four stages of strides 4 to 32; take resnet18 or resnet50, the small forms have three")
         super().__init__(resnet, {f"layer{k + 1}": str(k) for k in range(4)})
         widths = [stage[-1] for stage in (resnet.layer1, resnet.layer2, resnet.layer3, resnet.layer4)]
         self.channels = [(block.conv3 if hasattr(block, "conv3") else block.conv2).out_channels for block in widths]
@@ -277,6 +281,27 @@ class Backbone(nn.Module):
 
 
 # ---------------------------------------------------------------------------- the detector
+
+
+def roi_align(size, strides, canonical_scale):
+    """torchvision's MultiScaleRoIAlign for maps of these strides.
+
+    It would guess the strides from the first image that comes, before padding, and keep the guess: wrong by two for a landscape.
+    """
+    pool = MultiScaleRoIAlign([str(k) for k in range(len(strides))], size, sampling_ratio=0, canonical_scale=canonical_scale)
+    finest = round(math.log2(strides[0]))
+    pool.scales = [1 / stride for stride in strides]
+    pool.map_levels = initLevelMapper(finest, finest + len(strides) - 1, canonical_scale=canonical_scale)
+    return pool
+
+
+def to_float32(module, args, out):
+    """A forward hook against autocast: torchvision decodes boxes in the type of the predictions, and bf16 has pixels of 4 at 1,000."""
+    if isinstance(out, dict):
+        return OrderedDict((key, value.float()) for key, value in out.items())
+    if isinstance(out, (tuple, list)):
+        return type(out)(to_float32(module, args, part) for part in out)
+    return out.float()
 
 
 def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_blocks="quarters", pyramid="taps", rel_pos_bias=True,
@@ -323,15 +348,18 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
         raise ValueError(f"anchor_sizes {anchor_sizes} must have the same number of sizes on every level, as one head serves all of them")
     # a head built for another number of anchors raises nothing in torchvision and learns nothing
     rpn_head = RPNHead(channels, per_place.pop(), conv_depth=rpn_convs)
-    levels = [str(k) for k in range(len(encoder.strides))]  # the coarsest level serves proposals only
-    box_pool, mask_pool = (MultiScaleRoIAlign(levels, size, sampling_ratio=0, canonical_scale=canonical_scale) for size in (7, 14))
-    return MaskRCNN(
+    # regions are read from the encoder's own levels; the one that was added serves proposals only
+    box_pool, mask_pool = (roi_align(size, encoder.strides, canonical_scale) for size in (7, 14))
+    model = MaskRCNN(
         backbone, min_size=img_size, max_size=img_size, size_divisible=img_size, image_mean=list(image_mean), image_std=list(image_std),
         rpn_anchor_generator=anchors, rpn_head=rpn_head,
         box_roi_pool=box_pool, box_head=FastRCNNConvFCHead((channels, 7, 7), [channels] * box_convs, [box_dim], norm_layer=make_norm),
         box_predictor=FastRCNNPredictor(box_dim, num_classes + 1),
         mask_roi_pool=mask_pool, mask_head=MaskRCNNHeads(channels, [channels] * mask_convs, 1, norm_layer=make_norm),
         mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1), **options)
+    for part in (model.backbone, model.rpn.head, model.roi_heads.box_predictor, model.roi_heads.mask_predictor):
+        part.register_forward_hook(to_float32)
+    return model
 
 
 def init_as_beit(vit):
@@ -361,11 +389,14 @@ def proposal_recall(model, images, targets, iou=0.5):
 
 def check_target(image, target, num_classes, name="image"):
     """ValueError in one sentence, beginning with `name`, unless the sample is what torchvision's detectors take."""
-    height, width = image.shape[-2:]
+    absent = {"boxes", "labels", "masks"} - set(target)
+    if absent:
+        raise ValueError(f"{name}: the target has no {', '.join(sorted(absent))}; an image without objects has empty ones")
     boxes, labels, masks = (target[key] for key in ("boxes", "labels", "masks"))
     if image.ndim != 3 or not image.is_floating_point() or image.min() < 0 or image.max() > 1:
         raise ValueError(f"{name}: the image must be floats (C, H, W) in [0, 1], got {tuple(image.shape)} {image.dtype} from {image.min():g} to "
                          f"{image.max():g}; divide bytes by 255, and do not normalise, the detector does")
+    height, width = image.shape[-2:]
     if boxes.ndim != 2 or boxes.shape[-1] != 4 or len(labels) != len(boxes) or len(masks) != len(boxes):
         raise ValueError(f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks {tuple(masks.shape)} must be (n, 4), (n,) "
                          "and (n, H, W) of the same n, also when it is 0")

@@ -45,7 +45,7 @@ from checkpoints import load_pretrained, read_checkpoint
 from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, collate, large_scale_jitter
 from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
-from detect import NORMS, proposal_recall, vit_mask_rcnn
+from detect import NORMS, init_as_beit, proposal_recall, vit_mask_rcnn
 from mae import MAE
 from masking import mix_mask, num_visible, paste, patch_mean_loss
 from mirl import MIRL
@@ -239,6 +239,8 @@ def resolve(given):
     if args.task != "detect":
         idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter"), "--task detect")
     else:
+        if hierarchical or resnet:
+            idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos"), "a plain ViT")
         idle |= dict.fromkeys(("loss", "adversarial", "eval_corruptions", "eval_pgd", "mixup", "cutmix", "label_smoothing", "layer_decay", "pool",
                                "augment", "stats", "skip_bad"), "--task classify")
     if args.task != "pretrain" or args.method != "mixmim":
@@ -349,6 +351,7 @@ def check_detection(args, mixer):
 # ---------------------------------------------------------------------------- models
 
 
+FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
 SCENES = {"shapes": ShapeScenes, "coco": CocoImages}
 SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, aspect_ratios=(1.0,), rpn_batch_size_per_image=64,
                    rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
@@ -426,7 +429,9 @@ def build_model(args, num_classes, main_rank=False):
 def build_detector(encoder, args, num_classes):
     """Mask R-CNN around it. Anchors and the scale of regions follow the image; 1024 pixels are the paper's."""
     size, small, data = args.img_size[0], args.heads == "small", SCENES[args.data]
-    heads = SMALL_HEADS if small else {}
+    heads = SMALL_HEADS if small else FULL_HEADS
+    if is_vit(args) and not args.init:
+        init_as_beit(encoder)
     if args.pyramid != "single":
         levels = 1 + len(getattr(encoder, "depths", range(4)))
         sides = [max(4, size * 2**k // 32) for k in range(levels)]
@@ -615,7 +620,8 @@ def evaluate_detection(model, loader, source, world, autocast):
         counts = [proposal_recall(model, *to_device(batch, world.device)) for batch in loader]
     found, there = world.sum([sum(column) for column in zip(*counts)] or [0, 0])
     wanted = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
-    return {**{key: 100 * result[key] for key in wanted}, "proposal_recall": 100 * found / max(1, there)}
+    percent = {key: 100 * result[key] if result[key] >= 0 else math.nan for key in wanted}  # -1: there was nothing to find
+    return {**percent, "proposal_recall": 100 * found / max(1, there)}
 
 
 @torch.no_grad()
@@ -824,7 +830,7 @@ def run(args, world, folder, stop, command, home=None):
         val_source = None  # unlabelled sets often have no second half
         say(f"no validation set: {error}")
     if val_source is not None and args.task != "pretrain" and list(val_source.classes) != list(source.classes):
-        raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)} folders")
+        raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)}, or other names")
     mixing = args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix"
     comparing = mixing or args.loss == "supcon"
     if comparing and val_source is not None and len(val_source) < 2 * world.size:

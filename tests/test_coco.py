@@ -143,7 +143,10 @@ def test_a_crowd_is_neither_hit_nor_miss(layout):
     (lambda c: c["images"][0].update(height=31), "a.jpg: the annotations say 31x40"),
     (lambda c: c["annotations"][0].update(category_id=99), "a.jpg: category_id 99"),
     (lambda c: c["annotations"][0].update(bbox=[30, 5, 25, 15]), "a.jpg: a box reaches beyond"),
-    (lambda c: c["annotations"][0].update(bbox=[5, 5, 0, 15]), "a.jpg: box 0"),
+    (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 has no segmentation"),
+    (lambda c: c["annotations"][0].pop("segmentation"), "annotation 1 has no segmentation"),
+    (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 has no image"),
+    (lambda c: c["images"][0].pop("height"), "a.jpg has no height"),
     (lambda c: c.pop("categories"), "no COCO annotation file"),
 ])
 def test_a_broken_annotation_is_named(layout, change, words):
@@ -178,3 +181,26 @@ def test_jittered_scenes_have_one_size_and_boxes_that_fit_their_masks(scale_rang
             assert ((image * 255).round() == torch.tensor([80.0, 90, 100]).view(3, 1, 1)).all(0).float().mean() > 0.7
     again = Detections(data.source, data.jitter)
     assert torch.equal(data[3, 5][0], again[3, 5][0]) and not all(torch.equal(data[3, i][0], data[4, i][0]) for i in range(12))
+
+
+def test_an_object_without_height_is_no_target_and_iscrowd_may_be_left_out(layout):
+    def change(content):
+        content["annotations"][0].update(bbox=[5, 5, 10, 0])
+        content["annotations"][2].pop("iscrowd")
+    source = CocoImages(layout(change))
+    assert [len(Detections(source)[0, i][1]["boxes"]) for i in range(3)] == [1, 0, 0]
+    assert source.truth().loadAnns([3])[0]["iscrowd"] == 0
+
+
+def test_a_long_image_survives_the_smallest_zoom():
+    jitter = large_scale_jitter(16, [0, 0, 0], (0.1, 0.1))
+    image, masks = jitter(coco.tv_tensors.Image(torch.zeros(3, 4, 400, dtype=torch.uint8)), coco.tv_tensors.Mask(torch.zeros(1, 4, 400, dtype=torch.uint8)))
+    assert image.shape == (3, 16, 16) and masks.shape == (1, 16, 16)
+
+
+def test_nothing_found_where_nothing_is_counts_as_nothing_to_find():
+    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 8, 8, dtype=torch.uint8))
+    truth = make_truth([(torch.zeros(3, 8, 8), empty)], [1])
+    result = coco_evaluate(Oracle([dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))]),
+                           [([torch.zeros(3, 8, 8)], [dict(image_id=0)])], truth, [1])
+    assert result["box_ap"] == -1

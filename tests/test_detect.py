@@ -7,7 +7,7 @@ from torch import nn
 from detect import RelativeBias, ViTPyramid, attend, check_target, init_as_beit, pieces, proposal_recall, vit_mask_rcnn
 from mixmim import create_mixmim
 from resnet import create_resnet
-from vit import Attention, ViT, create_vit
+from vit import Attention, ViT
 
 SMALL = dict(img_size=64, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0)
 HEADS = dict(channels=16, box_convs=1, box_dim=32, mask_convs=1, rpn_batch_size_per_image=32, box_batch_size_per_image=16)
@@ -291,3 +291,45 @@ def test_a_wrong_target_is_refused_with_its_name(change, words):
 def test_bad_input_is_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+@pytest.mark.parametrize("patch", [8, 12])
+def test_regions_are_read_at_the_true_strides_whatever_image_comes_first(patch):
+    model = detector(vit(img_size=96, patch_size=patch), img_size=96).eval()
+    model([torch.rand(3, 40, 96)])
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        assert pool.scales == [4 / patch, 2 / patch, 1 / patch, 1 / (2 * patch)]
+        levels = pool.map_levels([torch.tensor([[0.0, 0, side, side]]) for side in (10, 224, 4000)])
+        assert levels.tolist() == ([0, 3, 3] if patch == 8 else [0, 2, 3])
+
+
+def test_an_images_scores_do_not_hang_on_the_image_before_it():
+    image, found = torch.rand(3, 40, 64), []
+    for first in (torch.rand(3, 40, 64), torch.rand(3, 64, 64)):
+        torch.manual_seed(0)
+        model = detector(box_score_thresh=0.0).eval()
+        model([first])
+        found.append(model([image])[0]["scores"])
+    assert len(found[0]) and torch.equal(*found)
+
+
+def test_boxes_are_decoded_in_float32_under_autocast():
+    model = detector(box_score_thresh=0.0)
+    images, targets = zip(scene(), scene())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert sum(model(list(images), list(targets)).values()).dtype == torch.float32
+        found = model.eval()(list(images))
+    assert found[0]["boxes"].dtype == found[0]["masks"].dtype == torch.float32
+    assert (found[0]["boxes"] - found[0]["boxes"].bfloat16().float()).abs().max() > 0  # no lattice
+
+
+def test_the_small_resnets_are_refused():
+    with pytest.raises(ValueError, match="resnet18"):
+        detector(create_resnet("resnet20", num_classes=0))
+
+
+def test_a_target_without_masks_is_told():
+    image, target = scene()
+    del target["masks"]
+    with pytest.raises(ValueError, match="no masks"):
+        check_target(image, target, 3)

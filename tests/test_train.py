@@ -1104,6 +1104,8 @@ BAD = [  # flags, a word of the message
     (f"{DETECT} --jitter 2 0.1", "jitter"),
     (f"{DETECT} --mixup 0.8", "--task classify"),
     (f"{DETECT} --depth 6", "quarters"),
+    ("--task detect --model resnet18 --pyramid single", "a plain ViT"),
+    ("--task detect --model resnet20 --dry-run", "resnet18"),
     (f"{CLASSIFY} --pyramid simple", "--task detect"),
     (f"{CLASSIFY} --data coco --data-path empty", "--task detect"),
     ("--task pretrain --model resnet18", "--task classify"),
@@ -1236,7 +1238,7 @@ JOBS = {
     "probe": f"--task classify --probe {FEW}",
     "resnet": f"--task classify --model resnet8 --data-size 84 --epochs 1 --optimizer sam --base-optimizer sgd {FLAT} --eval-pgd --eval-corruptions",
     "supcon": f"--task classify --loss supcon {FEW}",
-    "detect": f"--task detect --img-size 48 --depth 4 --embed-dim 32 --num-heads 2 --data-size 84 --epochs 1 --lr 1e-3",
+    "detect": "--task detect --img-size 48 --depth 4 --embed-dim 32 --num-heads 2 --data-size 84 --epochs 1 --lr 1e-3",
     "default": f"--segments 2 {MODEL} --data-size 512 --epochs 1 --accum 2 --blr 0.004",
 }
 
