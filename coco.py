@@ -14,7 +14,7 @@ run-length encoded, a few hundred bytes each, so that memory stays flat over tho
 
 Source: COCO, Lin et al. 2014, arXiv 1405.0312; large-scale jitter: Ghiasi et al. 2020, arXiv 2012.07177,
 with the range of Li et al. 2021, arXiv 2111.11429. Written from the papers.
-Needs: torch, torchvision, einops, tqdm, pycocotools (for AP and COCO files); data.py, detect.py, shapes.py.
+Needs: torch, torchvision, einops, tqdm, pycocotools (for AP and COCO files); checkpoints.py, data.py, detect.py, shapes.py.
 Demo: python coco.py (10 s on a CPU) measures the truth against itself, and shifted by a few pixels.
 """
 

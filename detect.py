@@ -20,7 +20,7 @@ RoIAlign samples half a pixel beside detectron2's.
 
 Source: Li et al. 2021, arXiv 2111.11429; simple pyramid: ViTDet, Li et al. 2022, arXiv 2203.16527. Written
 from the papers, sizes checked in detectron2's ViTDet and MIMDet.
-Needs: torch, torchvision, einops; an encoder (vit.py and shapes.py for the demo).
+Needs: torch, torchvision, einops; checkpoints.py, an encoder (vit.py and shapes.py for the demo).
 Demo: python detect.py (a minute on a CPU) finds the shapes in eight scenes it has learnt by heart, and saves detect_demo.png.
 """
 
@@ -42,6 +42,8 @@ from torchvision.models.detection.rpn import RPNHead
 from torchvision.ops import MultiScaleRoIAlign, box_iou
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
+
+from checkpoints import resample
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -96,10 +98,8 @@ class RelativeBias(nn.Module):
     def forward(self, height, width):
         table, (tall, wide) = self.relative_position_bias_table, self.window
         if height > tall or width > wide:
-            table = rearrange(table, "(y x) m -> 1 m y x", y=2 * tall - 1)
-            tall, wide = max(tall, height), max(wide, width)
-            table = F.interpolate(table, size=(2 * tall - 1, 2 * wide - 1), mode="bicubic", align_corners=False)
-            table = rearrange(table, "1 m y x -> (y x) m")
+            old, tall, wide = (2 * tall - 1, 2 * wide - 1), max(tall, height), max(wide, width)
+            table = resample(table, old, (2 * tall - 1, 2 * wide - 1))
         y, x = (torch.arange(side, device=table.device) for side in (height, width))
         down, right = (side[:, None] - side for side in (y, x))  # from key to query, (h, h) and (w, w)
         index = (down[:, None, :, None] + tall - 1) * (2 * wide - 1) + (right[None, :, None, :] + wide - 1)  # (h, w, h, w)
@@ -199,11 +199,9 @@ class ViTPyramid(nn.Module):
                              "rel_pos_bias='shared', as BEiT pre-trains it")
         gh, gw = vit.grid_size
         table = vit.rel_pos_bias.relative_position_bias_table.detach()[:(2 * gh - 1) * (2 * gw - 1)]
-        table = rearrange(table, "(y x) m -> 1 m y x", y=2 * gh - 1)
         for bias in self.bias.values():
-            size = [2 * side - 1 for side in bias.window]
-            resized = table if list(table.shape[-2:]) == size else F.interpolate(table, size=size, mode="bicubic", align_corners=False)
-            bias.relative_position_bias_table.data.copy_(rearrange(resized, "1 m y x -> (y x) m"))
+            size = tuple(2 * side - 1 for side in bias.window)
+            bias.relative_position_bias_table.data.copy_(resample(table, (2 * gh - 1, 2 * gw - 1), size))
         vit.rel_pos_bias, vit.has_relative_bias = None, False
 
     def forward(self, x):
