@@ -279,10 +279,38 @@ def some(names, limit=4):
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
 
 
-def load_pretrained(model, path, verbose=True, grid=None):
+def source_aspect(file):
+    """(height, width) of the images that one of our own checkpoints was trained with, else None."""
+    size = file["args"].get("img_size") if isinstance(file.get("args"), dict) else None
+    return (size, size) if isinstance(size, int) else size and tuple(size)
+
+
+def encoder_options(file):
+    """Keyword arguments that a ViT needs to take a file in as it is: img_size, pos_embed, rel_pos_bias, layer_scale, where they differ.
+
+    file: what read_checkpoint returns. Heads, depth and width are not among them: they are the preset's.
+    """
+    state = convert(find_tensors(file))[1]
+    shared, block = "rel_pos_bias.relative_position_bias_table", "blocks.0.attn.relative_position_bias_table"
+    options = {"rel_pos_bias": "shared"} if shared in state else {"rel_pos_bias": "block"} if block in state else {}
+    if "blocks.0.gamma_1" in state:
+        options["layer_scale"] = 0.1  # the file's own values come by loading
+    if options.get("rel_pos_bias") and "pos_embed" not in state:
+        options["pos_embed"] = None
+    name = next((name for name in ("pos_embed", shared, block) if name in state), None)
+    patch = state.get("patch_embed.proj.weight")
+    if name and patch is not None and patch.ndim == 4:
+        rows = state[name].shape[1] if name == "pos_embed" else state[name].shape[0]
+        found = find_grid(name, rows, source_aspect(file) or (1, 1))
+        if found:
+            options["img_size"] = tuple(side * p for side, p in zip(found[1], patch.shape[2:]))
+    return options
+
+
+def load_pretrained(model, path, verbose=True, grid=None, name=None):
     """Load a published checkpoint, or one of ours, into a model; print and return a Report.
 
-    path  a file, or a state dict (or a checkpoint's whole dict) already read
+    path  a file, or a state dict (or a checkpoint's whole dict) already read; name: what to call that in messages
     grid  (gh, gw) rows and columns of patches the file was trained with; only their ratio counts. By default
           the shape of args["img_size"] if it is our own checkpoint, else square, as all published files are
 
@@ -293,19 +321,19 @@ def load_pretrained(model, path, verbose=True, grid=None):
 
     ValueError, before the model is touched, if the file is unreadable or does not fit.
     """
-    file, where = (path, "the state dict") if isinstance(path, dict) else (read_checkpoint(path), str(path))
+    file, where = (path, name or "the state dict") if isinstance(path, dict) else (read_checkpoint(path), str(path))
     tensors = find_tensors(file)
     if not tensors:
         raise ValueError(f"{where} holds no tensors under {', '.join(CONTAINERS)} or at its top; keys: {some(map(str, file))}")
     kind, state, dropped = convert(tensors)
-    img_size = file["args"].get("img_size") if isinstance(file.get("args"), dict) else None
-    if img_size:  # our train.py saves args as a plain dict; others save a Namespace
+    aspect = source_aspect(file)
+    if aspect:  # our train.py saves args as a plain dict; others save a Namespace
         kind = "ours"
-    source_aspect = grid or ((img_size, img_size) if isinstance(img_size, int) else img_size)
+    aspect = grid or aspect
     target_aspect = getattr(model, "grid_size", (1, 1))
     windows = {f"{name}.relative_position_bias_table": module.window for name, module in model.named_modules() if hasattr(module, "window")}
     positions = state.get("absolute_pos_embed")
-    first_map = find_grid("pos_embed", positions.shape[1], source_aspect or (1, 1)) if positions is not None and positions.ndim == 3 else None
+    first_map = find_grid("pos_embed", positions.shape[1], aspect or (1, 1)) if positions is not None and positions.ndim == 3 else None
     where = f"{where} [{kind}]"
 
     target = {name: value for name, value in model.state_dict().items() if not name.endswith(INDEX)}
@@ -327,7 +355,7 @@ def load_pretrained(model, path, verbose=True, grid=None):
             source = find_window(value.shape[0], *(side // 2**stage for side in first_map[1])) if first_map else None
             pair = source, windows[name]
         if is_table and value.shape[-1] == target[name].shape[-1]:
-            value, done = resize_table(name, value, target[name], source_aspect, target_aspect, where, pair)
+            value, done = resize_table(name, value, target[name], aspect, target_aspect, where, pair)
             if done:
                 resized[name] = done
         adapted[name] = value

@@ -29,12 +29,13 @@ import torch.distributed as dist
 from PIL import Image  # comes with torchvision
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
+from torchvision.models.detection.transform import resize_boxes
 from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import IMAGENET_MEAN, IMAGENET_STD, seeded
-from detect import check_target
+from detect import check_target, covered
 from shapes import Shapes
 
 
@@ -61,12 +62,12 @@ class CocoImages:
 
     sample(i) -> image uint8 (3, H, W), target of tensors: boxes (n, 4) x1 y1 x2 y2, labels (n,) 1..K, masks (n, H, W) uint8.
     classes are the names by category id, ids those ids. Grayscale becomes RGB; an image may be empty. Objects without width or
-    height, of which the official files have a few, are no targets.
+    height, of which the official files have a few, are no targets. class_agnostic: everything is an "object", also in the truth.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, root, split="train2017"):
+    def __init__(self, root, split="train2017", class_agnostic=False):
         mask, coco, _ = need_pycocotools()
         file, self.folder = Path(root) / "annotations" / f"instances_{split}.json", Path(root) / split
         if not file.is_file():
@@ -90,6 +91,15 @@ class CocoImages:
         absent = [name for name in names.values() if not (self.folder / name).is_file()]
         if absent:
             raise ValueError(f"{len(absent)} images named in {file.name} are not in {self.folder}, first {absent[0]}; add them or drop their entries")
+        unknown = next((entry for entry in content["annotations"] if entry["category_id"] not in self.ids), None)
+        if unknown is not None:
+            raise ValueError(f"{names[unknown['image_id']]}: category_id {unknown['category_id']} is not among the categories of {file.name}; add it "
+                             "or drop the annotation")
+        if class_agnostic:
+            self.ids, self.classes = [1], ["object"]
+            content["categories"] = [dict(id=1, name="object")]
+            for entry in content["annotations"]:
+                entry["category_id"] = 1
         self.coco, self.mask = coco.COCO(), mask
         self.coco.dataset = content
         quietly(self.coco.createIndex)
@@ -109,9 +119,6 @@ class CocoImages:
         if (entry["height"], entry["width"]) != (height, width):
             raise ValueError(f"{self.name(i)}: the annotations say {entry['height']}x{entry['width']}, the image is {height}x{width}; resize one of them")
         things = [a for a in self.coco.imgToAnns[self.image_ids[i]] if not a.get("iscrowd", 0)]
-        unknown = {a["category_id"] for a in things} - set(self.ids)
-        if unknown:
-            raise ValueError(f"{self.name(i)}: category_id {min(unknown)} is not among the file's categories; add it or drop the annotation")
         boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32).view(-1, 4)
         boxes = box_convert(boxes, "xywh", "xyxy")
         slack = 1.0  # published boxes may reach a pixel's fraction beyond the image
@@ -135,9 +142,10 @@ class ShapeScenes:
 
     mean, std = Shapes.mean, Shapes.std
 
-    def __init__(self, size, img_size, seed=0, train=True):
+    def __init__(self, size, img_size, seed=0, train=True, class_agnostic=False):
         self.shapes = Shapes(size, img_size, seed, train)
-        self.classes, self.ids = list(Shapes.classes), list(range(1, len(Shapes.classes) + 1))
+        self.classes = ["object"] if class_agnostic else list(Shapes.classes)
+        self.ids = list(range(1, len(self.classes) + 1))
         self.image_ids = list(range(size))
 
     def __len__(self):
@@ -148,7 +156,8 @@ class ShapeScenes:
 
     def sample(self, i):
         scene = self.shapes.scene(i)
-        return scene["image"], {key: scene[key] for key in ("boxes", "labels", "masks")}
+        labels = scene["labels"].clamp(max=len(self.classes))  # class-agnostic: all of them 1
+        return scene["image"], dict(boxes=scene["boxes"], labels=labels, masks=scene["masks"])
 
     @functools.cached_property
     def _truth(self):
@@ -243,9 +252,26 @@ def collate(samples):
 AP = {"ap": 0, "ap50": 1, "ap75": 2, "ap_small": 3, "ap_medium": 4, "ap_large": 5}  # places in pycocotools' stats
 
 
+@contextlib.contextmanager
+def proposals_of(model):
+    """Inside, a list that grows by (size of the resized image, its proposals) with every image that a two-stage model sees."""
+    seen = []
+    if not hasattr(model, "rpn"):
+        yield seen
+        return
+    hook = model.rpn.register_forward_hook(lambda rpn, args, out: seen.extend(zip(args[0].image_sizes, out[0], strict=True)))
+    try:
+        yield seen
+    finally:
+        hook.remove()
+
+
 @torch.no_grad()
 def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
     """{"box_ap": ..., "box_ap50", ..., "mask_ap", ...}: fractions; -1 where there is no truth of that kind.
+
+    From a two-stage detector also "proposal_recall": the share of the targets' boxes that some proposal covers, the first
+    thing to look at when nothing is learnt.
 
     model   a detector of torchvision: list of images -> list of dicts of boxes, labels, scores, masks
     loader  batches (images, targets with image_id): each process its own share, every image once over all
@@ -256,9 +282,13 @@ def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
     mask, _, cocoeval = need_pycocotools()
     was_training = model.training
     model.eval()
-    found = []
+    found, recalled, there = [], 0, 0
     for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
-        outputs = model([image.to(device) for image in images])
+        with proposals_of(model) as proposals:
+            outputs = model([image.to(device) for image in images])
+        for image, target, (size, boxes) in zip(images, targets, proposals):
+            recalled += covered(target["boxes"], resize_boxes(boxes.float().cpu(), size, image.shape[-2:]))
+            there += len(target["boxes"])
         for output, target in zip(outputs, targets, strict=True):
             boxes = box_convert(output["boxes"].float().cpu(), "xyxy", "xywh").tolist()
             masks = output.get("masks", [None] * len(boxes))
@@ -269,10 +299,10 @@ def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
     model.train(was_training)
     if dist.is_initialized() and dist.get_world_size() > 1:
         shares = [None] * dist.get_world_size()
-        dist.all_gather_object(shares, found)
-        found = sum(shares, [])
+        dist.all_gather_object(shares, (found, recalled, there))
+        found, recalled, there = (sum(column, start) for column, start in zip(zip(*shares), ([], 0, 0)))
     found.sort(key=lambda one: (one["image_id"], -one["score"], one["bbox"]))  # the same order however the images were shared
-    result = {}
+    result = {"proposal_recall": recalled / there} if there else {}
     kinds = {"box": "bbox", "mask": "segm"} if not found or "segmentation" in found[0] else {"box": "bbox"}
     for name, kind in kinds.items():
         if not found:

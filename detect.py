@@ -136,11 +136,14 @@ class ViTPyramid(nn.Module):
     pyramid        "taps" (2); "simple": four scales of the last map (ViTDet); "single": the last map alone
     rel_pos_bias   (3). A shared bias of BEiT in the vit is transferred and resized
     checkpointing  recompute each block in the backward pass
+    img_size       int or (H, W) of the images to come, default the vit's. Its tables are resized to it, once, so build the vit in the
+                   size it was pre-trained with. A BEiT without absolute table gets a random one, as in the benchmark
 
-    channels and strides say what the maps are like. The position table is resized to whatever comes in.
+    channels and strides say what the maps are like, positions what became of the vit's position information. Images of yet another
+    size are taken too: the tables are resized on the way.
     """
 
-    def __init__(self, vit, window_size=14, global_blocks="quarters", pyramid="taps", rel_pos_bias=True, checkpointing=False):
+    def __init__(self, vit, window_size=14, global_blocks="quarters", pyramid="taps", rel_pos_bias=True, checkpointing=False, img_size=None):
         super().__init__()
         depth, dim = len(vit.blocks), vit.embed_dim
         window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
@@ -157,19 +160,18 @@ class ViTPyramid(nn.Module):
         chosen = set(named[global_blocks] if isinstance(global_blocks, str) else global_blocks)
         if not chosen <= set(range(depth)):
             raise ValueError(f"global_blocks {sorted(chosen)} must lie in 0..{depth - 1}")
+        img_size = vit.img_size if img_size is None else (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
+        grid = vit.grid(*img_size)
         self.kind, self.global_blocks, self.window, self.checkpointing = pyramid, chosen, window, checkpointing
         self.taps = quarters if pyramid == "taps" else [depth - 1] * (4 if pyramid == "simple" else 1)
 
         self.bias = None
         if rel_pos_bias:
             used = {"window": window} if len(chosen) < depth else {}  # a table without use would get no gradient and upset DDP
-            used |= {"global": vit.grid_size} if chosen else {}
+            used |= {"global": grid} if chosen else {}
             self.bias = nn.ModuleDict({name: RelativeBias(size, vit.num_heads) for name, size in used.items()})
-        if vit.has_relative_bias:
-            self.take_over_bias(vit)
-        vit.drop_class_token()
-        if vit.pos_embed is not None:
-            vit.pos_embed.requires_grad_(True)
+        self.positions = []  # (what, as it came, as it is now)
+        self.take_over_positions(vit, img_size, grid)
         vit.norm, vit.fc_norm, vit.head, vit.num_classes = nn.Identity(), nn.Identity(), nn.Identity(), 0  # a norm without gradient upsets DDP
         self.vit = vit
 
@@ -190,19 +192,36 @@ class ViTPyramid(nn.Module):
             scales = [fine, half, nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)]
         self.scales = nn.ModuleList(scales)
 
-    def take_over_bias(self, vit):
-        """BEiT's bias, shared by its blocks or one each, becomes (3): resampled to both sizes, the class token's rows left out."""
-        if self.bias is None:
+    def take_over_positions(self, vit, img_size, grid):
+        """Resample the vit's tables to the new grid, without what belongs to the class token. BEiT's shared bias becomes (3)."""
+        def by(size):
+            return f"{size[0]}x{size[1]}"
+
+        if vit.has_relative_bias and self.bias is None:
             raise ValueError("rel_pos_bias=False would throw away the relative position bias that this encoder was trained with; set it to True")
-        if vit.rel_pos_bias is None:
+        if vit.has_relative_bias and vit.rel_pos_bias is None:
             raise ValueError("the encoder has a bias in every block, but windowed and global blocks share one each; build it with "
                              "rel_pos_bias='shared', as BEiT pre-trains it")
-        gh, gw = vit.grid_size
-        table = vit.rel_pos_bias.relative_position_bias_table.detach()[:(2 * gh - 1) * (2 * gw - 1)]
-        for bias in self.bias.values():
-            size = tuple(2 * side - 1 for side in bias.window)
-            bias.relative_position_bias_table.data.copy_(resample(table, (2 * gh - 1, 2 * gw - 1), size))
+        old, beit = vit.grid_size, vit.has_relative_bias
+        for name, bias in (self.bias or {}).items():
+            now = f"zeros, {by(bias.window)}, trains"
+            if beit:
+                before, after = (tuple(2 * side - 1 for side in size) for size in (old, bias.window))
+                table = vit.rel_pos_bias.relative_position_bias_table.detach()[:math.prod(before)]
+                bias.relative_position_bias_table.data.copy_(resample(table, before, after))
+                now = ("kept" if old == bias.window else f"resized to {by(bias.window)}") + ", trains"
+            self.positions.append((f"bias of {name.replace('window', 'windowed')} blocks", f"{by(old)}, shared" if beit else "none", now))
         vit.rel_pos_bias, vit.has_relative_bias = None, False
+        vit.drop_class_token()
+        row = ["absolute table", "none", "none"]
+        if vit.pos_embed is not None:
+            vit.pos_embed = nn.Parameter(resample(vit.pos_embed.detach()[0], old, grid)[None].clone())  # trains, also if it was frozen
+            row[1:] = by(old), ("kept" if old == grid else f"resized to {by(grid)}") + ", trains"
+        elif beit:
+            vit.pos_embed = nn.Parameter(0.02 * torch.randn(1, math.prod(grid), vit.embed_dim, device=vit.patch_embed.proj.weight.device))
+            row[2] = f"random, {by(grid)}, trains"
+        self.positions.insert(0, tuple(row))
+        vit.img_size, vit.grid_size = img_size, grid
 
     def forward(self, x):
         gh, gw = self.vit.grid(*x.shape[-2:])
@@ -224,7 +243,7 @@ class ViTPyramid(nn.Module):
 class StagePyramid(nn.Module):
     """A hierarchical encoder of mixmim.py, whose maps are already there; a LayerNorm makes each comparable."""
 
-    kind = "taps"
+    kind, positions = "taps", [("absolute table and the windows' biases", "the encoder's", "kept")]
 
     def __init__(self, encoder):
         super().__init__()
@@ -243,7 +262,7 @@ class StagePyramid(nn.Module):
 class ResNetPyramid(IntermediateLayerGetter):
     """The four stages of a torchvision ResNet, or of resnet.py's: the baseline."""
 
-    kind = "taps"
+    kind, positions = "taps", []
 
     def __init__(self, resnet):
         if not isinstance(getattr(resnet, "layer4", None), nn.Sequential):
@@ -307,8 +326,8 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
                   aspect_ratios=(0.5, 1.0, 2.0), canonical_scale=224, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, **options):
     """torchvision's MaskRCNN around an encoder. Lists of images (C, H, W) in [0, 1], targets as torchvision's.
 
-    encoder          a ViT, a HierarchicalViT, a ResNet, or a pyramid of this file. Build the ViT with this img_size and call
-                     load_pretrained on it first
+    encoder          a ViT, a HierarchicalViT, a ResNet, or a pyramid of this file. Build the ViT in the size it was pre-trained with and
+                     call load_pretrained on it first; its tables are resized here
     num_classes      without background; labels are 1..num_classes
     img_size         the longer side of an image becomes img_size, and the rest is padded to a square, in training and inference
     window_size, global_blocks, pyramid, rel_pos_bias, checkpointing   of ViTPyramid
@@ -325,9 +344,10 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
     if hasattr(encoder, "forward_maps"):
         encoder = StagePyramid(encoder)
     elif hasattr(encoder, "blocks"):
-        encoder = ViTPyramid(encoder, window_size, global_blocks, pyramid, rel_pos_bias, checkpointing)
+        encoder = ViTPyramid(encoder, window_size, global_blocks, pyramid, rel_pos_bias, checkpointing, img_size)
     elif hasattr(encoder, "layer4"):
         encoder = ResNetPyramid(encoder)
+    in_chans = next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)  # of the first convolution
     if not hasattr(encoder, "strides"):
         raise ValueError(f"{type(encoder).__name__} is no encoder this file knows; give a ViT, a HierarchicalViT or a ResNet")
     make_norm = NORMS[norm]
@@ -340,6 +360,8 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
     if len(anchor_sizes) != len(backbone.strides):
         raise ValueError(f"anchor_sizes has {len(anchor_sizes)} levels, the pyramid {len(backbone.strides)} (strides {backbone.strides}); give a "
                          "tuple of sizes for each")
+    if len(image_mean) != in_chans or len(image_std) != in_chans:
+        raise ValueError(f"image_mean has {len(image_mean)} and image_std {len(image_std)} values, the encoder takes {in_chans} channels; give one each")
     anchors = AnchorGenerator(tuple(map(tuple, anchor_sizes)), (tuple(aspect_ratios),) * len(anchor_sizes))
     per_place = set(anchors.num_anchors_per_location())
     if len(per_place) > 1:
@@ -381,8 +403,12 @@ def proposal_recall(model, images, targets, iou=0.5):
     batch, scaled = model.transform(images, targets)
     proposals, _ = model.rpn(batch, model.backbone(batch.tensors))
     model.train(was_training)
-    found = [(box_iou(t["boxes"], p) >= iou).any(dim=1).sum().item() for t, p in zip(scaled, proposals) if len(t["boxes"]) and len(p)]
-    return sum(found), sum(len(t["boxes"]) for t in targets)
+    return sum(covered(t["boxes"], p, iou) for t, p in zip(scaled, proposals)), sum(len(t["boxes"]) for t in targets)
+
+
+def covered(boxes, proposals, iou=0.5):
+    """How many of the boxes some proposal overlaps with at least this IoU."""
+    return (box_iou(boxes, proposals) >= iou).any(dim=1).sum().item() if len(boxes) and len(proposals) else 0
 
 
 def check_target(image, target, num_classes, name="image"):

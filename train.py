@@ -41,11 +41,11 @@ from torch.optim.swa_utils import AveragedModel
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from checkpoints import load_pretrained, read_checkpoint
+from checkpoints import encoder_options, load_pretrained, read_checkpoint
 from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, collate, large_scale_jitter
 from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
-from detect import NORMS, init_as_beit, proposal_recall, vit_mask_rcnn
+from detect import NORMS, init_as_beit, vit_mask_rcnn
 from mae import MAE
 from masking import mix_mask, num_visible, paste, patch_mean_loss
 from mirl import MIRL
@@ -78,7 +78,7 @@ DEFAULTS = {
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
         cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1, pyramid="taps", global_blocks="quarters", no_rel_pos=False, norm="group",
-        heads="small", jitter=None, eval_corruptions=False, eval_pgd=False,
+        heads="small", jitter=None, class_agnostic=False, eval_corruptions=False, eval_pgd=False,
         check=False),
     "mixmim": dict(model="mixmim_demo", mask_ratio=0.5),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
@@ -142,6 +142,7 @@ def parse(argv=None):
     flag("--norm", "detect: in neck and heads", choices=tuple(NORMS))
     flag("--heads", "detect: small ones for a laptop, or the paper's", choices=("small", "full"))
     flag("--jitter", "detect: range of large-scale jitter; default none for shapes, 0.1 2 for coco", type=float, nargs=2)
+    flag("--class-agnostic", "detect: every object is of one class", **switch)
     flag("--shift", "hierarchical encoder: shift every other block's windows, as Swin does", **switch)
     flag("--segments", "MIRL's K; default the largest of 6, 4, 2 that divides the depth", type=int)
     flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
@@ -237,7 +238,7 @@ def resolve(given):
     if args.method == "mirl":
         idle["raw_pixels"] = "--method mae or mixmim"
     if args.task != "detect":
-        idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter"), "--task detect")
+        idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter", "class_agnostic"), "--task detect")
     else:
         if hierarchical or resnet:
             idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos"), "a plain ViT")
@@ -354,14 +355,15 @@ def check_detection(args, mixer):
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
 SCENES = {"shapes": ShapeScenes, "coco": CocoImages}
 SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, aspect_ratios=(1.0,), rpn_batch_size_per_image=64,
-                   rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
+                   rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
 
 
 def is_vit(args):
     return not any(args.model in presets for presets in (HIERARCHICAL, MIXERS, RESNETS))
 
 
-def build_encoder(args):
+def build_encoder(args, **more):
+    """The encoder of the flags; more: what the file of --init asks for (encoder_options)."""
     names = ["patch_size", "embed_dim", "depth", "num_heads", "window_size"]
     if args.task == "detect" and is_vit(args):
         names.remove("window_size")  # the pyramid's, not the ViT's
@@ -377,12 +379,12 @@ def build_encoder(args):
     if args.model in RESNETS:
         return create_resnet(args.model, num_classes=0, **{key: sizes[key] for key in sizes if key == "img_size"})
     # a ViT pre-trained by MixMIM never had a class token
-    return create_vit(args.model, pool=args.pool, pos_embed="sincos", class_token=args.method != "mixmim", **shared)
+    return create_vit(args.model, **{**shared, "pool": args.pool, "pos_embed": "sincos", "class_token": args.method != "mixmim", **more})
 
 
-def check_origin(args):
+def check_origin(args, file):
     """What no tensor shows, and our own checkpoints tell: ValueError if --init was trained with another network."""
-    theirs = read_checkpoint(args.init).get("args")
+    theirs = file.get("args")
     if not isinstance(theirs, dict):
         return
     if args.model in HIERARCHICAL and theirs.get("shift", False) != args.shift:
@@ -394,10 +396,14 @@ def check_origin(args):
 
 def build_model(args, num_classes, main_rank=False):
     """The pre-training model, or the classifier. The encoder is drawn first: the same seed, the same encoder."""
-    encoder = build_encoder(args)
+    file = read_checkpoint(args.init) if args.init else {}
+    more = encoder_options(file) if file and is_vit(args) else {}
+    if args.task != "detect":  # the detector resizes the tables itself, and says so
+        more.pop("img_size", None)
+    encoder = build_encoder(args, **more)
     if args.init:
-        check_origin(args)
-        load_pretrained(encoder, args.init, verbose=main_rank)
+        check_origin(args, file)
+        load_pretrained(encoder, file, verbose=main_rank, name=args.init)
     if args.task == "pretrain":
         decoder = dict(decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                        decoder_num_heads=args.decoder_num_heads)
@@ -407,7 +413,7 @@ def build_model(args, num_classes, main_rank=False):
             return MixMIM(encoder, norm_pix_loss=not args.raw_pixels, mask_per_cycle=args.mask_per_cycle, fill=args.fill,
                           dual=not args.single, masked_attention=not args.open_attention, **decoder)
         return MAE(encoder, norm_pix_loss=not args.raw_pixels, **decoder)
-    if is_vit(args):
+    if is_vit(args) and encoder.pos_embed is not None:  # BEiT has none
         encoder.pos_embed.requires_grad_(True)
     if args.task == "detect":
         return build_detector(encoder, args, num_classes)
@@ -614,14 +620,11 @@ def to_device(batch, device):
 
 
 def evaluate_detection(model, loader, source, world, autocast):
-    """box_ap, box_ap50, mask_ap, mask_ap50 in percent, and how many true boxes the proposals cover."""
+    """box_ap, box_ap50, mask_ap, mask_ap50, proposal_recall in percent."""
     with autocast:
         result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, progress=world.rank == 0)
-        counts = [proposal_recall(model, *to_device(batch, world.device)) for batch in loader]
-    found, there = world.sum([sum(column) for column in zip(*counts)] or [0, 0])
-    wanted = ("box_ap", "box_ap50", "mask_ap", "mask_ap50")
-    percent = {key: 100 * result[key] if result[key] >= 0 else math.nan for key in wanted}  # -1: there was nothing to find
-    return {**percent, "proposal_recall": 100 * found / max(1, there)}
+    wanted = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall")
+    return {key: 100 * result[key] if result.get(key, -1) >= 0 else math.nan for key in wanted}  # -1 or absent: there was nothing to find
 
 
 @torch.no_grad()
@@ -797,10 +800,10 @@ def ema_update(decay):
 def open_scenes(args, train):
     """The training or validation scenes of --task detect."""
     if args.data == "shapes":
-        return ShapeScenes(args.data_size if train else max(1, args.data_size // 4), args.img_size[0], train=train)
+        return ShapeScenes(args.data_size if train else max(1, args.data_size // 4), args.img_size[0], train=train, class_agnostic=args.class_agnostic)
     if args.data_path is None:
         raise ValueError("data 'coco' needs --data-path")
-    return CocoImages(args.data_path, "train2017" if train else "val2017")
+    return CocoImages(args.data_path, "train2017" if train else "val2017", args.class_agnostic)
 
 
 def run(args, world, folder, stop, command, home=None):
@@ -906,7 +909,10 @@ def run(args, world, folder, stop, command, home=None):
         baseline = patch_mean_loss(torch.stack([looked_at[0, i][0] for i in range(min(256, len(looked_at)))]), args.mask_patch_size,
                                    args.method == "mirl" or not args.raw_pixels).item()
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
-    elif not detecting:
+    elif detecting:
+        for what, before, now in model.backbone.pyramid.positions:
+            say(f"  positions: {what:26} {before:12} -> {now}")
+    else:
         names = {True: [], False: []}
         for name, param in model.named_parameters():
             names[param.requires_grad].append(name.split(".")[0])

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints import FORMATS, convert_official, find_window, load_pretrained, read_checkpoint
+from checkpoints import FORMATS, convert_official, encoder_options, find_window, load_pretrained, read_checkpoint
 from mae import MAE
 from mirl import MIRL
 from mixmim import HierarchicalViT
@@ -73,6 +73,23 @@ def beit(table="shared", grid=4, heads=2):
         state |= fill({"fc_norm.weight": (16,), "fc_norm.bias": (16,)}) | head()
         del state["norm.weight"], state["norm.bias"]
     return state
+
+
+@pytest.mark.parametrize("state, expected", [
+    (encoder() | decoder(), dict(img_size=(16, 16))),
+    (beit(), dict(img_size=(16, 16), pos_embed=None, rel_pos_bias="shared", layer_scale=0.1)),
+    (beit("block", grid=5), dict(img_size=(20, 20), pos_embed=None, rel_pos_bias="block", layer_scale=0.1)),
+    ({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}, {})])
+def test_a_vit_built_with_a_files_options_takes_it_in_as_it_is(state, expected):
+    options = encoder_options({"model": state})
+    assert options == expected
+    if options:
+        report = load_pretrained(vit(**options), {"model": state}, verbose=False)
+        assert not report.resized and "blocks.1.attn.qkv.weight" in report.loaded
+
+
+def test_a_rectangles_own_checkpoint_tells_its_size():
+    assert encoder_options({"model": vit(img_size=(8, 24)).state_dict(), "args": {"img_size": [8, 24]}}) == dict(img_size=(8, 24))
 
 
 def assert_same(state, other):

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -82,6 +83,27 @@ def test_the_figures_do_not_depend_on_the_batch_size(scenes):
     assert judge(source, samples, answers) == judge(source, samples, answers, 4)
 
 
+def test_proposal_recall_is_measured_in_the_images_own_pixels(scenes):
+    """Of two boxes one is proposed, in the pixels of an image that was resized to half its size."""
+    class Proposer(Oracle):
+        def __init__(self, outputs):
+            super().__init__(outputs)
+            self.rpn = torch.nn.Identity()
+            self.rpn.forward = lambda images: ([torch.tensor([[0.0, 0, 5, 5], [10, 10, 11, 11]])], {})
+
+        def forward(self, images):
+            self.rpn(SimpleNamespace(image_sizes=[(20, 20)]))
+            return super().forward(images)
+
+    mask = torch.zeros(2, 40, 40, dtype=torch.uint8)
+    mask[0, :10, :10], mask[1, 20:30, 20:30] = 1, 1
+    target = dict(boxes=torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), labels=torch.tensor([1, 1]), masks=mask)
+    truth = make_truth([(torch.zeros(3, 40, 40), target)], [1])
+    model, loader = Proposer([answer(target)]), [([torch.zeros(3, 40, 40)], [{**target, "image_id": 0}])]
+    assert coco_evaluate(model, loader, truth, [1])["proposal_recall"] == 0.5
+    assert not model.rpn._forward_hooks and "proposal_recall" not in coco_evaluate(Oracle([answer(target)]), loader, truth, [1])
+
+
 def test_masks_are_kept_as_run_lengths(scenes, monkeypatch):
     source, samples = scenes
     truth, kept = source.truth(), []
@@ -125,6 +147,14 @@ def test_a_data_set_in_cocos_layout_gives_contiguous_labels_no_crowds_and_typed_
     for k in range(3):
         image, target = Detections(source)[0, k]
         check_target(image, target, 2)
+
+
+def test_a_class_agnostic_set_has_objects_only_in_targets_and_in_truth(layout):
+    source = CocoImages(layout(), class_agnostic=True)
+    assert source.classes == ["object"] and source.ids == [1] and {a["category_id"] for a in source.truth().anns.values()} == {1}
+    assert [source.sample(i)[1]["labels"].tolist() for i in range(3)] == [[1], [1], []]
+    scenes = ShapeScenes(4, 32, class_agnostic=True)
+    assert {label for i in range(4) for label in scenes.sample(i)[1]["labels"].tolist()} == {1} and scenes.truth().getCatIds() == [1]
 
 
 def test_a_crowd_is_neither_hit_nor_miss(layout):

@@ -4,8 +4,11 @@ import torch.nn.functional as F
 import torchvision
 from torch import nn
 
+from checkpoints import encoder_options, load_pretrained
 from detect import RelativeBias, ViTPyramid, attend, check_target, init_as_beit, pieces, proposal_recall, vit_mask_rcnn
-from mixmim import create_mixmim
+from mae import MAE
+from mirl import MIRL
+from mixmim import MixMIM, create_mixmim
 from resnet import create_resnet
 from vit import Attention, ViT
 
@@ -161,6 +164,125 @@ def test_beits_shared_bias_is_taken_over_by_both_tables():
         ViTPyramid(vit(rel_pos_bias="block"))
     with pytest.raises(ValueError, match="throw away"):
         ViTPyramid(vit(rel_pos_bias="shared"), rel_pos_bias=False)
+
+
+def filled(model):
+    """A state dict of numbers that no initialisation gives."""
+    return {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) for name, value in model.state_dict().items()}
+
+
+def official(layout):
+    """(the checkpoint as published, its encoder under our names): images of 32 px, patches of 8, eight blocks."""
+    small = {**SMALL, "img_size": 32, "depth": 8}
+    state = filled(ViT(**small))
+    if layout == "deit":  # and timm: a classifier
+        state = filled(ViT(**{**small, "num_classes": 10}))
+        return {"model": state}, state
+    if layout == "moco":  # two encoders and a projection head, under DistributedDataParallel's prefix
+        extra = {f"module.momentum_encoder.{name}": value + 1 for name, value in state.items()} | {"module.predictor.0.weight": torch.ones(4, 4)}
+        return {"arch": "vit", "state_dict": {f"module.base_encoder.{name}": value for name, value in state.items()} | extra}, state
+    if layout == "mae":
+        extra = dict(mask_token=torch.ones(1, 1, 16), decoder_pos_embed=torch.ones(1, 17, 16)) | {"decoder_pred.weight": torch.ones(192, 16)}
+        return {"model": state | extra}, state
+    state = filled(ViT(**small, pos_embed=None, rel_pos_bias="shared", layer_scale=0.1))
+    published = dict(state)
+    for i in range(8):  # no bias on the keys
+        q, _, v = published.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        published |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
+        state[f"blocks.{i}.attn.qkv.bias"] = torch.cat([q, torch.zeros_like(q), v])
+    return {"model": published | {"mask_token": torch.ones(1, 1, 32), "lm_head.weight": torch.ones(50, 32)}}, state
+
+
+@pytest.mark.parametrize("layout", ["deit", "moco", "mae", "beit"])
+def test_an_official_checkpoint_arrives_in_the_detector_value_by_value(layout):
+    file, state = official(layout)
+    options = encoder_options(file)
+    assert options["img_size"] == (32, 32) and (options.get("rel_pos_bias"), "layer_scale" in options) == (("shared", True) if layout == "beit" else (None, False))
+    options["depth"] = 8
+    encoder, fresh = vit(**options), vit(**options)
+    load_pretrained(encoder, file, verbose=False)
+    torch.manual_seed(1)
+    now = detector(encoder, window_size=4).state_dict()  # of 64 px: 8 x 8 tokens, and the window is the old grid
+    torch.manual_seed(1)
+    without = detector(fresh, window_size=4).state_dict()
+    inside = "backbone.pyramid.vit."
+    assert list(now) == list(without) and not [name for name in now if "cls_token" in name]
+    for name, value in now.items():
+        if name.startswith(inside) and not name.endswith("pos_embed"):  # patch embedding, blocks, layer scale
+            assert torch.equal(value, state[name.removeprefix(inside)]) and not torch.equal(value, without[name])
+        elif not name.startswith("backbone.pyramid.bias") and not name.endswith("pos_embed"):  # neck and heads do not change
+            assert torch.equal(value, without[name])
+
+    def bicubic(rows, old, new):
+        return F.interpolate(rows.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False).flatten(2)[0].T
+
+    tables = {name: now[f"backbone.pyramid.bias.{name}.relative_position_bias_table"] for name in ("window", "global")}
+    if layout == "beit":
+        published = state["rel_pos_bias.relative_position_bias_table"][:49]  # the last three rows are the class token's
+        assert torch.equal(tables["window"], published)  # of BEiT's own size: bit for bit
+        torch.testing.assert_close(tables["global"], bicubic(published, 7, 15), rtol=0, atol=1e-6)
+        assert now[f"{inside}pos_embed"].shape == (1, 64, 32) and 0.015 < now[f"{inside}pos_embed"].std() < 0.025  # random, as in the benchmark
+    else:
+        torch.testing.assert_close(now[f"{inside}pos_embed"][0], bicubic(state["pos_embed"][0, 1:], 4, 8), rtol=0, atol=1e-6)
+        assert not any(table.any() for table in tables.values())
+
+
+def test_the_pyramid_says_what_became_of_the_positions():
+    file, _ = official("beit")
+    pyramid = ViTPyramid(vit(**encoder_options(file), depth=8), window_size=4, img_size=(64, 96))
+    assert pyramid.bias["global"].window == (8, 12) and pyramid.vit.pos_embed.shape[1] == 96
+    assert pyramid.positions == [("absolute table", "none", "random, 8x12, trains"), ("bias of windowed blocks", "4x4, shared", "kept, trains"),
+                                 ("bias of global blocks", "4x4, shared", "resized to 8x12, trains")]
+    pyramid = ViTPyramid(vit(img_size=32), window_size=3, global_blocks="none", img_size=32)
+    assert pyramid.positions == [("absolute table", "4x4", "kept, trains"), ("bias of windowed blocks", "none", "zeros, 3x3, trains")]
+
+
+@pytest.mark.parametrize("make", [lambda encoder: MAE(encoder, 32, 1, 1), lambda encoder: MIRL(encoder, 2, 32, 1, 1), lambda encoder: MixMIM(encoder, 32, 1, 1)])
+def test_our_own_pretraining_arrives_in_the_detector(make):
+    encoder = vit(img_size=32, class_token=True)
+    wrapper = make(encoder)
+    for p in wrapper.parameters():
+        p.data.normal_()
+    file = {"model": wrapper.state_dict(), "args": {"img_size": [32, 32]}}
+    fresh = vit(img_size=32, class_token=encoder.cls_token is not None, pool="mean", pos_embed="sincos")
+    load_pretrained(fresh, file, verbose=False)
+    model = detector(fresh)
+    for name, value in model.backbone.pyramid.vit.blocks.state_dict().items():
+        assert torch.equal(value, file["model"][f"encoder.blocks.{name}"])
+    rows = file["model"]["encoder.pos_embed"][0, -16:]
+    expected = F.interpolate(rows.T.reshape(1, 32, 4, 4), size=(8, 8), mode="bicubic", align_corners=False).flatten(2)[0].T
+    torch.testing.assert_close(model.backbone.pyramid.vit.pos_embed.data[0], expected)
+
+
+@pytest.mark.parametrize("channels", [1, 5])
+def test_images_of_other_channel_counts_are_detected_in(channels):
+    model = detector(vit(in_chans=channels), image_mean=[0.5] * channels, image_std=[0.25] * channels)
+    image, target = scene()
+    image = image[:1].expand(channels, -1, -1).contiguous()
+    assert sum(model([image], [target]).values()).isfinite()
+    assert set(model.eval()([image])[0]) == {"boxes", "labels", "scores", "masks"}
+    with pytest.raises(ValueError, match=f"the encoder takes {channels} channels"):
+        detector(vit(in_chans=channels))
+
+
+def kept_for_backward(size, blocks):
+    """Bytes that a training step of the backbone keeps, without weights."""
+    pyramid = ViTPyramid(vit(depth=4), window_size=4, global_blocks=blocks, pyramid="single", img_size=size)
+    weights, kept = {p.untyped_storage().data_ptr() for p in pyramid.parameters()}, {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        out = pyramid(torch.randn(1, 3, size, size))
+    return sum(size for place, size in kept.items() if place not in weights) + 0 * len(out)
+
+
+def test_windows_need_memory_linear_in_the_area_and_global_blocks_more():
+    small, large = kept_for_backward(64, "none"), kept_for_backward(128, "none")
+    assert 3.6 < large / small < 4.2
+    assert kept_for_backward(128, "all") / kept_for_backward(64, "all") > 5
 
 
 def test_the_position_table_trains_also_if_it_was_frozen():

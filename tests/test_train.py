@@ -900,7 +900,39 @@ def test_detection_starts_from_an_encoder_pretrained_at_another_size(tmp_path, c
     start(f"--task pretrain --segments 2 {sizes} --img-size 32 --data-size 32 --batch-size 8 --epochs 1", tmp_path / "pre")
     start(f"--task detect --data-size 8 --epochs 1 --img-size 48 {sizes} --optimizer sam --jitter 0.5 2 --init {tmp_path / 'pre' / 'checkpoint.pt'}",
           tmp_path / "run")
-    assert "resized: pos_embed" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert re.search(r"absolute table +4x4 +-> resized to 6x6, trains", out) and re.search(r"bias of \w+ blocks +none +-> zeros", out)
+
+
+def beit_file(path):
+    """A BEiT of the size of DETECT's encoder, as its authors save it: no positions, one bias for all blocks, layer scale."""
+    vit = create_vit("vit_demo", img_size=32, patch_size=8, depth=4, embed_dim=32, num_heads=2, num_classes=0, pos_embed=None, rel_pos_bias="shared",
+                     layer_scale=0.1)
+    state = vit.state_dict()
+    for i in range(4):
+        q, _, v = state.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        state |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
+    torch.save({"model": state}, path)
+
+
+@pytest.mark.parametrize("flags", [DETECT, "--task classify --data-size 16 --epochs 1 --batch-size 4 --img-size 48 --patch-size 8 --depth 4 --embed-dim 32 --num-heads 2"])
+def test_a_beit_is_built_with_its_bias_and_layer_scale(tmp_path, capsys, flags):
+    pytest.importorskip("pycocotools")
+    beit_file(tmp_path / "beit.pth")
+    start(f"{flags} --epochs 1 --init {tmp_path / 'beit.pth'}", tmp_path / "run")
+    names, out = checkpoint(tmp_path / "run")["model"], capsys.readouterr().out
+    assert any(name.endswith("blocks.3.gamma_2") for name in names) and "[BEiT]" in out
+    if flags == DETECT:
+        assert re.search(r"absolute table +none +-> random, 6x6", out) and re.search(r"global blocks +4x4, shared +-> resized to 6x6", out)
+    else:
+        assert "rel_pos_bias.relative_position_bias_table" in names
+
+
+def test_class_agnostic_detection_has_one_class(tmp_path):
+    pytest.importorskip("pycocotools")
+    start(f"{DETECT} --epochs 1 --class-agnostic", tmp_path)
+    assert checkpoint(tmp_path)["model"]["roi_heads.box_predictor.cls_score.weight"].shape[0] == 2
+    assert 0 <= log(tmp_path)[-1]["proposal_recall"] <= 100
 
 
 @pytest.mark.parametrize("model", ["--model mixmim_demo", "--model resnet18 --img-size 64", "--pyramid simple --norm layer",
@@ -973,6 +1005,29 @@ def test_the_readmes_table_of_mixmims_settings_says_what_the_recipes_do():
         values = [getattr(recipes[recipe], key) for key in setting.split(" * ")]
         value = math.prod(values) if len(values) > 1 else values[0]
         assert value == ast.literal_eval(stated), (recipe, setting)
+
+
+def test_the_readmes_table_of_detections_settings_says_what_recipe_and_detector_do():
+    rows = re.findall(r"^\| `(detect|detector)\.(?!py`)([\w *]+)` \| (.*?) \|", (ROOT / "README.md").read_text(), re.M)
+    args = train.resolve(train.parse([f"@{ROOT / 'recipes' / 'vit_b16_detect.txt'}"]))
+    with torch.device("meta"):
+        model = train.build_model(args, 80)
+    rpn, heads, pyramid = model.rpn, model.roi_heads, model.backbone.pyramid
+    facts = dict(
+        strides=pyramid.strides, global_blocks=sorted(pyramid.global_blocks), channels=model.backbone.out_channels,
+        anchor_sizes=[size for level in rpn.anchor_generator.sizes for size in level], aspect_ratios=list(rpn.anchor_generator.aspect_ratios[0]),
+        rpn_convs=len(rpn.head.conv), rpn_thresholds=[rpn.proposal_matcher.low_threshold, rpn.proposal_matcher.high_threshold],
+        rpn_sampled=rpn.fg_bg_sampler.batch_size_per_image, pre_nms=list(rpn._pre_nms_top_n.values()), post_nms=list(rpn._post_nms_top_n.values()),
+        rpn_nms=rpn.nms_thresh, rois=heads.fg_bg_sampler.batch_size_per_image, roi_share=heads.fg_bg_sampler.positive_fraction,
+        roi_threshold=heads.proposal_matcher.high_threshold, box_weights=list(heads.box_coder.weights), box_pool=heads.box_roi_pool.output_size[0],
+        mask_pool=heads.mask_roi_pool.output_size[0], sampling_ratio=heads.box_roi_pool.sampling_ratio,
+        box_convs=sum(p.ndim == 4 for p in heads.box_head.parameters()), box_dim=heads.box_predictor.cls_score.in_features,
+        mask_convs=sum(p.ndim == 4 for p in heads.mask_head.parameters()), score=heads.score_thresh, per_image=heads.detections_per_img)
+    assert {name for kind, name, _ in rows if kind == "detector"} == set(facts)
+    assert len([row for row in rows if row[0] == "detect"]) > 12
+    for kind, setting, stated in rows:
+        values = [facts[setting]] if kind == "detector" else [getattr(args, key) for key in setting.split(" * ")]
+        assert (math.prod(values) if len(values) > 1 else values[0]) == ast.literal_eval(stated), (kind, setting)
 
 
 def test_a_recipe_takes_comments_and_several_flags_a_line_and_later_flags_win(tmp_path, capsys):
