@@ -267,7 +267,7 @@ def proposals_of(model):
 
 
 @torch.no_grad()
-def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
+def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False, image_ids=None):
     """{"box_ap": ..., "box_ap50", ..., "mask_ap", ...}: fractions; -1 where there is no truth of that kind.
 
     From a two-stage detector also "proposal_recall": the share of the targets' boxes that some proposal covers, the first
@@ -275,7 +275,8 @@ def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
 
     model   a detector of torchvision: list of images -> list of dicts of boxes, labels, scores, masks
     loader  batches (images, targets with image_id): each process its own share, every image once over all
-    truth   pycocotools' COCO of the whole set; ids: the category id of labels 1, 2, ...
+    truth   pycocotools' COCO of the whole set; image_ids: those of its images that count, None for all
+    ids     the category id of labels 1, 2, ...
 
     Every process gets the same result. Masks count where above 0.5.
     """
@@ -306,11 +307,13 @@ def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False):
     kinds = {"box": "bbox", "mask": "segm"} if not found or "segmentation" in found[0] else {"box": "bbox"}
     for name, kind in kinds.items():
         if not found:
-            result |= {f"{name}_{key}": 0.0 if truth.getAnnIds(iscrowd=False) else -1.0 for key in AP}
+            result |= {f"{name}_{key}": 0.0 if truth.getAnnIds(imgIds=image_ids or [], iscrowd=False) else -1.0 for key in AP}
             continue
         # with a bbox in it pycocotools would take the box's area for the mask's
         results = [{key: value for key, value in one.items() if key != ("bbox" if kind == "segm" else "segmentation")} for one in found]
         judge = cocoeval.COCOeval(truth, quietly(truth.loadRes, results), kind)
+        if image_ids is not None:
+            judge.params.imgIds = sorted(image_ids)
         for part in (judge.evaluate, judge.accumulate, judge.summarize):
             quietly(part)
         result |= {f"{name}_{key}": float(judge.stats[place]) for key, place in AP.items()}

@@ -78,7 +78,7 @@ DEFAULTS = {
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
         cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1, pyramid="taps", global_blocks="quarters", no_rel_pos=False, norm="group",
-        heads="small", jitter=None, class_agnostic=False, eval_corruptions=False, eval_pgd=False,
+        heads="small", jitter=None, class_agnostic=False, eval_train=False, eval_corruptions=False, eval_pgd=False,
         check=False),
     "mixmim": dict(model="mixmim_demo", mask_ratio=0.5),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
@@ -141,8 +141,9 @@ def parse(argv=None):
     flag("--no-rel-pos", "detect: no relative position bias", **switch)
     flag("--norm", "detect: in neck and heads", choices=tuple(NORMS))
     flag("--heads", "detect: small ones for a laptop, or the paper's", choices=("small", "full"))
-    flag("--jitter", "detect: range of large-scale jitter; default none for shapes, 0.1 2 for coco", type=float, nargs=2)
+    flag("--jitter", "detect: range of large-scale jitter, 0 0 for none; default none for shapes, 0.1 2 for coco", type=float, nargs=2)
     flag("--class-agnostic", "detect: every object is of one class", **switch)
+    flag("--eval-train", "detect: evaluate on the training images; can it learn them by heart?", **switch)
     flag("--shift", "hierarchical encoder: shift every other block's windows, as Swin does", **switch)
     flag("--segments", "MIRL's K; default the largest of 6, 4, 2 that divides the depth", type=int)
     flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
@@ -238,7 +239,7 @@ def resolve(given):
     if args.method == "mirl":
         idle["raw_pixels"] = "--method mae or mixmim"
     if args.task != "detect":
-        idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter", "class_agnostic"), "--task detect")
+        idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter", "class_agnostic", "eval_train"), "--task detect")
     else:
         if hierarchical or resnet:
             idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos"), "a plain ViT")
@@ -345,6 +346,8 @@ def check_detection(args, mixer):
         raise ValueError(f"--window-size {args.window_size} must be one number for a plain ViT in --task detect")
     if args.jitter is None and args.data == "coco":
         args.jitter = [0.1, 2.0]
+    if args.jitter == [0, 0]:
+        args.jitter = None
     if args.jitter is not None and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
         raise ValueError(f"--jitter {args.jitter} must be two positive numbers, the smaller first, such as 0.5 2")
 
@@ -354,7 +357,7 @@ def check_detection(args, mixer):
 
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
 SCENES = {"shapes": ShapeScenes, "coco": CocoImages}
-SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, aspect_ratios=(1.0,), rpn_batch_size_per_image=64,
+SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, rpn_batch_size_per_image=64,
                    rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
 
 
@@ -436,12 +439,15 @@ def build_detector(encoder, args, num_classes):
     """Mask R-CNN around it. Anchors and the scale of regions follow the image; 1024 pixels are the paper's."""
     size, small, data = args.img_size[0], args.heads == "small", SCENES[args.data]
     heads = SMALL_HEADS if small else FULL_HEADS
+    shapes = small and args.data == "shapes"  # as wide as high: two sizes serve better than three ratios
+    if shapes:
+        heads = {**heads, "aspect_ratios": (1.0,)}
     if is_vit(args) and not args.init:
         init_as_beit(encoder)
     if args.pyramid != "single":
         levels = 1 + len(getattr(encoder, "depths", range(4)))
         sides = [max(4, size * 2**k // 32) for k in range(levels)]
-        heads = {**heads, "anchor_sizes": [(side, round(side * 2**0.5)) if small else (side,) for side in sides]}
+        heads = {**heads, "anchor_sizes": [(side, round(side * 2**0.5)) if shapes else (side,) for side in sides]}
     return vit_mask_rcnn(encoder, num_classes, size, (args.window_size or [14])[0], args.global_blocks, args.pyramid, not args.no_rel_pos,
                          args.checkpointing, args.norm, canonical_scale=size * 7 // 8 if small else 224, image_mean=data.mean, image_std=data.std,
                          **heads)
@@ -619,10 +625,11 @@ def to_device(batch, device):
     return [to_device(value, device) for value in batch] if isinstance(batch, (list, tuple)) else batch
 
 
-def evaluate_detection(model, loader, source, world, autocast):
-    """box_ap, box_ap50, mask_ap, mask_ap50, proposal_recall in percent."""
+def evaluate_detection(model, loader, scenes, world, autocast):
+    """box_ap, box_ap50, mask_ap, mask_ap50, proposal_recall in percent. scenes: the Detections that the loader reads"""
+    source = scenes.source
     with autocast:
-        result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, progress=world.rank == 0)
+        result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, world.rank == 0, [source.image_ids[i] for i in scenes.indices])
     wanted = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall")
     return {key: 100 * result[key] if result.get(key, -1) >= 0 else math.nan for key in wanted}  # -1 or absent: there was nothing to find
 
@@ -826,7 +833,7 @@ def run(args, world, folder, stop, command, home=None):
     if args.download and world.rank == 0:
         world.gather(None)
     try:
-        val_source = open_scenes(args, train=False) if detecting else open_source(train=False, **data)
+        val_source = source if args.eval_train else open_scenes(args, train=False) if detecting else open_source(train=False, **data)
     except ValueError as error:
         if args.task != "pretrain":
             raise
@@ -848,7 +855,7 @@ def run(args, world, folder, stop, command, home=None):
     if detecting:
         fill = [round(255 * value) for value in mean]  # what becomes zero by normalisation, with which the detector pads too
         jitter = None if args.jitter is None else large_scale_jitter(args.img_size[0], fill, args.jitter)
-        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source)
+        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=indices if args.eval_train else None)
     else:
         noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
         train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
@@ -1052,7 +1059,7 @@ def run(args, world, folder, stop, command, home=None):
         if due and val_loader is not None:  # its truth value would be its length, which may be 0 on one rank only
             world.share(judged.buffers())  # each rank's BatchNorm has seen its own last batch
             if detecting:
-                line.update(evaluate_detection(judged, val_loader, val_source, world, autocast))
+                line.update(evaluate_detection(judged, val_loader, val_set, world, autocast))
             else:
                 line.update(evaluate(judged, val_loader, args, world, autocast))
             if epoch + 1 == args.epochs and (args.eval_corruptions or args.eval_pgd):

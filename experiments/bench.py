@@ -82,7 +82,7 @@ STEPS = {"attention": attention_step, "detection": detection_step}
 
 
 def measure(spec):
-    """One variant in this process: {"seconds", "peak_mb", "params"}; the first step is not timed."""
+    """One variant in this process: {"seconds", "peak_mb", "params"}; the first step is not timed, unless it is the only one."""
     torch.manual_seed(0)
     device = torch.device(spec["device"])
     cuda = device.type == "cuda"
@@ -102,8 +102,7 @@ def measure(spec):
         if cuda:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    timed = statistics.median(seconds[1:]) if spec["timed"] else None
-    return dict(seconds=timed, peak_mb=(memory(peak=True) - before) / 2**20, params=sum(p.numel() for p in model.parameters()))
+    return dict(seconds=statistics.median(seconds[1:] or seconds), peak_mb=(memory(peak=True) - before) / 2**20, params=sum(p.numel() for p in model.parameters()))
 
 
 def in_new_process(spec):
@@ -149,8 +148,8 @@ def run(flags):
     for spec, some in zip(specs, results):
         row = dict(spec, **machine, out_of_memory=None in some)
         if None not in some:
-            timed = [one["seconds"] for one in some if one["seconds"] is not None]
-            row |= dict(seconds=statistics.median(timed) if timed else None, all_seconds=timed, peak_mb=statistics.median(one["peak_mb"] for one in some),
+            timed = [one["seconds"] for one in some]
+            row |= dict(seconds=statistics.median(timed), all_seconds=timed, peak_mb=statistics.median(one["peak_mb"] for one in some),
                         params=some[0]["params"])
         rows.append(row)
     if flags.json:
@@ -200,7 +199,7 @@ def main(argv=None):
             command.add_argument("--size", type=int, default=512, help="of the square image")
         command.add_argument("--window", type=int, default=14, help="tokens")
         command.add_argument("--rounds", type=int, default=3)
-        command.add_argument("--timed", type=int, default=1, help="timed steps per round after the first; 0 measures memory only")
+        command.add_argument("--timed", type=int, default=1, help="timed steps per round after the first; 0 times the first, cold")
         command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
         command.add_argument("--json", help="append the results, a line each")
     commands.add_parser("table").add_argument("file")

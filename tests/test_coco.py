@@ -104,6 +104,14 @@ def test_proposal_recall_is_measured_in_the_images_own_pixels(scenes):
     assert not model.rpn._forward_hooks and "proposal_recall" not in coco_evaluate(Oracle([answer(target)]), loader, truth, [1])
 
 
+def test_only_the_named_images_count(scenes):
+    source, samples = scenes
+    right = [answer(target) for _, target in samples[:3]]
+    part = coco_evaluate(Oracle(right), batches(samples[:3]), source.truth(), source.ids, image_ids=[0, 1, 2])
+    assert part["box_ap"] == part["mask_ap"] == 1.0
+    assert coco_evaluate(Oracle(right), batches(samples[:3]), source.truth(), source.ids)["box_ap"] < 0.9
+
+
 def test_masks_are_kept_as_run_lengths(scenes, monkeypatch):
     source, samples = scenes
     truth, kept = source.truth(), []

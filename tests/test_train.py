@@ -17,7 +17,7 @@ from torch.utils.data import default_collate
 from torchvision.transforms.functional import to_pil_image
 
 import train
-from data import Images, TrainBatches, augmentation, open_source
+from data import Images, TrainBatches, augmentation, first_of_shuffle, open_source
 from shapes import Shapes
 from vit import create_vit
 
@@ -879,9 +879,9 @@ def test_detections_figures_are_those_of_the_saved_model(detected):
     args = train.resolve(train.parse(DETECT.split()))
     model = train.build_model(args, 10)
     model.load_state_dict(checkpoint(detected)["model"])
-    source = train.open_scenes(args, train=False)
-    loader = train.make_loader(train.Detections(source), train.EvalBatches(4, 3), 0, torch.device("cpu"), train.collate)
-    figures = train.evaluate_detection(model, loader, source, train.World("cpu"), train.nullcontext())
+    scenes = train.Detections(train.open_scenes(args, train=False))
+    loader = train.make_loader(scenes, train.EvalBatches(4, 3), 0, torch.device("cpu"), train.collate)
+    figures = train.evaluate_detection(model, loader, scenes, train.World("cpu"), train.nullcontext())
     for key, value in figures.items():  # in batches of another size
         assert log(detected)[-1][key] == pytest.approx(value, abs=1e-3)
 
@@ -926,6 +926,20 @@ def test_a_beit_is_built_with_its_bias_and_layer_scale(tmp_path, capsys, flags):
         assert re.search(r"absolute table +none +-> random, 6x6", out) and re.search(r"global blocks +4x4, shared +-> resized to 6x6", out)
     else:
         assert "rel_pos_bias.relative_position_bias_table" in names
+
+
+def test_the_training_images_alone_are_evaluated_where_asked_for(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    judged = []
+    real = train.coco_evaluate
+    monkeypatch.setattr(train, "coco_evaluate", lambda *args: judged.append((len(args[2].imgs), args[6])) or real(*args))
+    start(f"{DETECT} --epochs 1 --eval-train --train-images 5", tmp_path)
+    assert judged == [(16, first_of_shuffle(16, 5))] and log(tmp_path)[-1]["box_ap"] >= 0
+
+
+def test_jitter_can_be_turned_off():
+    coco = ["--task", "detect", "--data", "coco", "--model", "vit_demo"]
+    assert train.resolve(train.parse(coco)).jitter == [0.1, 2.0] and train.resolve(train.parse([*coco, "--jitter", "0", "0"])).jitter is None
 
 
 def test_class_agnostic_detection_has_one_class(tmp_path):
@@ -1354,9 +1368,9 @@ def test_two_processes_evaluate_detection_exactly_as_one(two_processes):
     args = train.resolve(train.parse(JOBS["detect"].split()))
     model = train.build_model(args, 10)
     model.load_state_dict(saved["model"])
-    source = train.open_scenes(args, train=False)  # 21 scenes
-    loader = train.make_loader(train.Detections(source), train.EvalBatches(21, 8), 0, torch.device("cpu"), train.collate)
-    figures = train.evaluate_detection(model, loader, source, train.World("cpu"), train.nullcontext())
+    scenes = train.Detections(train.open_scenes(args, train=False))  # 21 scenes
+    loader = train.make_loader(scenes, train.EvalBatches(21, 8), 0, torch.device("cpu"), train.collate)
+    figures = train.evaluate_detection(model, loader, scenes, train.World("cpu"), train.nullcontext())
     assert {key: float(f"{value:.6g}") for key, value in figures.items()} == {key: last[key] for key in figures}
 
 
