@@ -34,7 +34,7 @@ from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import IMAGENET_MEAN, IMAGENET_STD, seeded
+from data import IMAGENET_MEAN, IMAGENET_STD, as_lists, seeded
 from detect import check_target, covered
 from shapes import Shapes
 
@@ -241,11 +241,6 @@ class Detections(Dataset):
         return image.float() / 255, {**target, "image_id": self.source.image_ids[i]}
 
 
-def collate(samples):
-    """Detectors take lists: images differ in size, targets in length."""
-    return tuple(map(list, zip(*samples)))
-
-
 # ---------------------------------------------------------------------------- average precision
 
 
@@ -341,7 +336,7 @@ if __name__ == "__main__":
                 outputs.append(dict(boxes=boxes, labels=target[1]["labels"], scores=torch.ones(len(boxes)), masks=masks))
             return outputs
 
-    loader = [collate([(image.float() / 255, {**target, "image_id": i})]) for i, (image, target) in enumerate(samples)]
+    loader = [as_lists([(image.float() / 255, {**target, "image_id": i})]) for i, (image, target) in enumerate(samples)]
     for shift in (0, 1, 3, 9):
         result = coco_evaluate(Oracle(shift), loader, source.truth(), source.ids)
         print(f"the truth moved by {shift} pixels: box AP {result['box_ap']:.2f}, AP50 {result['box_ap50']:.2f}, mask AP {result['mask_ap']:.2f}")

@@ -33,6 +33,7 @@ from shapes import Shapes
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("none", "padcrop", "mae", "inception", "strong")
 CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once, into one uint8 tensor
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
 
 # ---------------------------------------------------------------------------- randomness and order
@@ -97,6 +98,11 @@ def make_loader(dataset, batches, workers, device, collate=None):
     """A DataLoader whose own random numbers leave the global generator alone. collate: how samples become a batch, None: stacked."""
     return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
                       pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals)
+
+
+def as_lists(samples):
+    """Collate for samples of different sizes: a tuple of lists instead of stacked tensors."""
+    return tuple(map(list, zip(*samples)))
 
 
 def leave_signals(worker):
@@ -235,7 +241,7 @@ class Folder(Dataset):
                     grey = v2.functional.pil_to_tensor(image).to(torch.int32)
                     return ((grey & 0xFFFF) >> 8).to(torch.uint8).expand(3, -1, -1)
                 return v2.functional.pil_to_tensor(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises on broken files
+        except BROKEN as error:
             if not self.skip_bad:
                 raise ValueError(f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, or add "
                                  "--skip-bad") from None

@@ -273,6 +273,19 @@ class ResNetPyramid(IntermediateLayerGetter):
         self.strides = [4, 8, 16, 32]
 
 
+def as_pyramid(encoder, **options):
+    """The pyramid for an encoder: a ViT (options of ViTPyramid), a HierarchicalViT, a ResNet; a pyramid is given back as it is."""
+    if hasattr(encoder, "forward_maps"):
+        return StagePyramid(encoder)
+    if hasattr(encoder, "blocks"):
+        return ViTPyramid(encoder, **options)
+    if hasattr(encoder, "layer4"):
+        return ResNetPyramid(encoder)
+    if not hasattr(encoder, "strides"):
+        raise ValueError(f"{type(encoder).__name__} is no encoder this file knows; give a ViT, a HierarchicalViT or a ResNet")
+    return encoder
+
+
 class Backbone(nn.Module):
     """Pyramid and neck: images -> OrderedDict of maps of out_channels each. Taps get a top-down path (FPN) and one coarser level."""
 
@@ -341,15 +354,9 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
         raise ValueError(f"num_classes {num_classes} counts classes without background; it must be at least 1")
     if norm not in NORMS:
         raise ValueError(f"norm {norm!r} is unknown; choose {', '.join(NORMS)}")
-    if hasattr(encoder, "forward_maps"):
-        encoder = StagePyramid(encoder)
-    elif hasattr(encoder, "blocks"):
-        encoder = ViTPyramid(encoder, window_size, global_blocks, pyramid, rel_pos_bias, checkpointing, img_size)
-    elif hasattr(encoder, "layer4"):
-        encoder = ResNetPyramid(encoder)
+    encoder = as_pyramid(encoder, window_size=window_size, global_blocks=global_blocks, pyramid=pyramid, rel_pos_bias=rel_pos_bias,
+                         checkpointing=checkpointing, img_size=img_size)
     in_chans = next((p.shape[1] for p in encoder.parameters() if p.ndim == 4), 3)  # of the first convolution
-    if not hasattr(encoder, "strides"):
-        raise ValueError(f"{type(encoder).__name__} is no encoder this file knows; give a ViT, a HierarchicalViT or a ResNet")
     make_norm = NORMS[norm]
     backbone = Backbone(encoder, channels, make_norm)
     if anchor_sizes is None:

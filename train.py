@@ -5,6 +5,7 @@
     python train.py --task classify --init runs/0001/checkpoint.pt --data cifar10 --data-path DATA
     python train.py --task classify --probe --init runs/0001/checkpoint.pt ...
     python train.py --task detect --init runs/0001/checkpoint.pt ...
+    python train.py --task segment --init runs/0001/checkpoint.pt ...
     python train.py @recipes/mirl_vit_s54_pretrain.txt --dry-run
     torchrun --nproc_per_node=4 train.py ...          the same on four devices
 
@@ -23,6 +24,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -42,8 +44,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import encoder_options, load_pretrained, read_checkpoint
-from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, collate, large_scale_jitter
-from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle,
+from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter
+from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, as_lists, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
 from detect import NORMS, init_as_beit, vit_mask_rcnn
 from mae import MAE
@@ -57,6 +59,8 @@ from resnet import PRESETS as RESNETS
 from resnet import create_resnet
 from robust import corruption_accuracy, fgsm, mean_accuracy, pgd
 from sam import SAM, batchnorm_held
+from segment import UperNet, predict, save_segments, segment_evaluate
+from semantic import Segmentations, open_semantic
 from shapes import save_grid
 from supcon import SupCon
 from vit import PRESETS as VITS
@@ -77,8 +81,9 @@ DEFAULTS = {
         adaptive=False, base_optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
         tflops=100.0, resume=False, save_minutes=10.0, ema=None, drop_path=0.0, layer_decay=1.0, label_smoothing=0.0, mixup=0.0,
-        cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1, pyramid="taps", global_blocks="quarters", no_rel_pos=False, norm="group",
-        heads="small", jitter=None, class_agnostic=False, eval_train=False, eval_corruptions=False, eval_pgd=False,
+        cutmix=0.0, augment=None, schedule="cosine", loss="cross-entropy", adversarial=False, attack_eps=4.0, eval_every=1,
+        pyramid="taps", global_blocks="quarters", no_rel_pos=False, norm="group", heads="small", jitter=None, class_agnostic=False, eval_train=False,
+        channels=None, slide=None, eval_flip=False, eval_corruptions=False, eval_pgd=False,
         check=False),
     "mixmim": dict(model="mixmim_demo", mask_ratio=0.5),
     "pretrain": dict(epochs=6, batch_size=64, blr=4e-3, min_lr=0.0, weight_decay=0.05, beta2=0.95),
@@ -86,6 +91,8 @@ DEFAULTS = {
     # widths and regions of interest that two cores can train; the paper's: --heads full, its recipe in recipes/
     "detect": dict(img_size=[128], patch_size=8, epochs=6, batch_size=4, blr=0.064, min_lr=0.0, weight_decay=0.05, beta2=0.999, warmup_epochs=0.25,
                    clip_grad=1.0),
+    "segment": dict(img_size=[64], patch_size=8, epochs=6, batch_size=16, blr=0.016, min_lr=0.0, weight_decay=0.05, beta2=0.999, clip_grad=1.0,
+                    global_blocks="all", schedule="linear"),
     "probe": dict(epochs=50, batch_size=256, blr=0.2, min_lr=0.0, weight_decay=0.0, beta2=0.999, augment="none"),
     # python train.py: 16 tokens an image and 64 channels, so that 12 blocks learn something within a minute on two cores
     "tour": dict(patch_size=8, embed_dim=64, num_heads=2, segments=4, mask_ratio=0.5, epochs=10, batch_size=32, blr=1.2e-2, min_lr=0.0, weight_decay=0.05,
@@ -129,21 +136,24 @@ def parse(argv=None):
         parser.add_argument(name, help=help + (f" (default {shown})" if shown else ""), **kwargs)
 
     switch = dict(action="store_true")
-    flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify", "detect"))
+    flag("--task", "without it: pretrain, then probe", choices=("pretrain", "classify", "detect", "segment"))
     flag("--method", "pre-training objective; classify: mixmim builds ViTs without class token, as it pre-trains them", choices=("mae", "mirl", "mixmim"))
     flag("--model", "preset of vit.py, mixmim.py, mixer.py or resnet.py; without --task this also drops the small sizes of the default run")
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
-    flag("--window-size", "overrides the preset of mixmim.py, one per stage; detect: one number, default 14 tokens", type=int, nargs="+")
-    flag("--pyramid", "detect: maps after each quarter, four scales of the last map, or the last map alone", choices=("taps", "simple", "single"))
-    flag("--global-blocks", "detect: which blocks of a ViT see the whole map", choices=("quarters", "all", "none"))
-    flag("--no-rel-pos", "detect: no relative position bias", **switch)
-    flag("--norm", "detect: in neck and heads", choices=tuple(NORMS))
-    flag("--heads", "detect: small ones for a laptop, or the paper's", choices=("small", "full"))
-    flag("--jitter", "detect: range of large-scale jitter, 0 0 for none; default none for shapes, 0.1 2 for coco", type=float, nargs=2)
+    flag("--window-size", "overrides the preset of mixmim.py, one per stage; detect, segment: one number, default 14 tokens", type=int, nargs="+")
+    flag("--pyramid", "detect, segment: maps after each quarter, four scales of the last map, or the last map alone", choices=("taps", "simple", "single"))
+    flag("--global-blocks", "detect, segment: which blocks of a ViT see the whole map", choices=("quarters", "all", "none"))
+    flag("--no-rel-pos", "detect: no relative position bias; segment has none but BEiT's", **switch)
+    flag("--norm", "detect, segment: in neck and heads", choices=tuple(NORMS))
+    flag("--heads", "detect, segment: small ones for a laptop, or the paper's", choices=("small", "full"))
+    flag("--channels", "segment: width of the head; default 64, with --heads full 512", type=int)
+    flag("--slide", "segment: evaluate by windows of so many pixels, at steps of so many; default the whole image", type=int, nargs=2)
+    flag("--eval-flip", "segment: evaluate image and mirror image together", **switch)
+    flag("--jitter", "detect, segment: range of scales, 0 0 for none; default none for shapes, detect 0.1 2, segment 0.5 2", type=float, nargs=2)
     flag("--class-agnostic", "detect: every object is of one class", **switch)
-    flag("--eval-train", "detect: evaluate on the training images; can it learn them by heart?", **switch)
+    flag("--eval-train", "detect, segment: evaluate on the training images; can it learn them by heart?", **switch)
     flag("--shift", "hierarchical encoder: shift every other block's windows, as Swin does", **switch)
     flag("--segments", "MIRL's K; default the largest of 6, 4, 2 that divides the depth", type=int)
     flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
@@ -155,7 +165,7 @@ def parse(argv=None):
     flag("--mask-per-cycle", "MixMIM: one mask per pair of images instead of one per batch", **switch)
     flag("--raw-pixels", "MAE, MixMIM: predict pixels, not normalised patches", **switch)
     flag("--checkpointing", "recompute activations: less memory, more time", **switch)
-    flag("--data", "image set", choices=("shapes", "cifar10", "cifar100", "folder", "coco"))
+    flag("--data", "image set", choices=("shapes", "cifar10", "cifar100", "folder", "coco", "ade20k"))
     flag("--data-path", "where it lies")
     flag("--data-size", "shapes: training scenes", type=int)
     flag("--train-images", "use the first N of a fixed shuffle; with --dry-run just the epoch's size", type=int)
@@ -220,7 +230,7 @@ def resolve(given):
     if stage == "tour" and by_method:
         stage = "tour mixmim"
     defaults = {**DEFAULTS["all"], **by_method, **DEFAULTS[stage]}
-    if stage == "detect" and "model" in given:
+    if stage in ("detect", "segment") and "model" in given:
         defaults |= dict(img_size=None, patch_size=None)  # as its preset has them
     args = argparse.Namespace(**{**defaults, **given})
     args.task = args.task or "pretrain"
@@ -238,13 +248,17 @@ def resolve(given):
         idle["attack_eps"] = "--adversarial or --eval-pgd"
     if args.method == "mirl":
         idle["raw_pixels"] = "--method mae or mixmim"
-    if args.task != "detect":
-        idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos", "norm", "heads", "jitter", "class_agnostic", "eval_train"), "--task detect")
+    dense = args.task in ("detect", "segment")
+    if not dense:
+        idle |= dict.fromkeys(("pyramid", "global_blocks", "norm", "heads", "jitter", "eval_train"), "--task detect or segment")
     else:
         if hierarchical or resnet:
             idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos"), "a plain ViT")
-        idle |= dict.fromkeys(("loss", "adversarial", "eval_corruptions", "eval_pgd", "mixup", "cutmix", "label_smoothing", "layer_decay", "pool",
+        idle |= dict.fromkeys(("loss", "adversarial", "eval_corruptions", "eval_pgd", "mixup", "cutmix", "label_smoothing", "pool",
                                "augment", "stats", "skip_bad"), "--task classify")
+    for task, keys in {"detect": ("no_rel_pos", "class_agnostic"), "segment": ("channels", "slide", "eval_flip")}.items():
+        if args.task != task:
+            idle |= dict.fromkeys(keys, f"--task {task}")
     if args.task != "pretrain" or args.method != "mixmim":
         idle |= dict.fromkeys(("fill", "single", "open_attention", "mask_per_cycle"), "--task pretrain --method mixmim")
     elif args.fill == "mask":
@@ -254,7 +268,7 @@ def resolve(given):
     if hierarchical:
         idle |= dict.fromkeys(("depth", "num_heads", "pool"), "a plain ViT")
     else:
-        idle |= dict.fromkeys(("shift",) if args.task == "detect" else ("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
+        idle |= dict.fromkeys(("shift",) if dense else ("window_size", "shift"), f"a hierarchical --model ({', '.join(HIERARCHICAL)})")
     if mixer or resnet:
         idle |= dict.fromkeys(("num_heads", "pool", "checkpointing"), "a ViT")
     if resnet:
@@ -263,7 +277,7 @@ def resolve(given):
         if key in given and given[key] != DEFAULTS["all"][key]:
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
     for key in ("batch_size", "accum", "epochs", "eval_every", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
-                "decoder_embed_dim", "decoder_num_heads", "train_images"):
+                "decoder_embed_dim", "decoder_num_heads", "train_images", "channels"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     if args.optimizer == "sam" and args.rho is None:
@@ -302,10 +316,10 @@ def resolve(given):
                          f"--method {args.method} with a plain ViT")
     if args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix" and args.batch_size < 2:
         raise ValueError(f"--batch-size {args.batch_size} leaves MixMIM nothing to mix; use at least 2")
-    if args.task == "detect":
-        check_detection(args, mixer)
-    elif args.data == "coco":
-        raise ValueError("--data coco has boxes and masks, not one label an image; it goes with --task detect")
+    if dense:
+        check_dense(args, mixer)
+    elif args.data in ("coco", "ade20k"):
+        raise ValueError(f"--data {args.data} has not one label an image; it goes with --task {'detect or segment' if args.data == 'coco' else 'segment'}")
     if args.img_size is not None and not 1 <= len(args.img_size) <= 2:
         raise ValueError(f"--img-size takes one number or H W, got {args.img_size}")
     with torch.device("meta"):  # no weights are made; the model's own checks run, and its sizes become the flags
@@ -330,22 +344,28 @@ def resolve(given):
             args.decoder_num_heads = max(1, args.decoder_embed_dim // 32)
         if args.method == "mirl" and args.segments is None:
             args.segments = next((k for k in (6, 4, 2) if args.depth % k == 0), 2)
-    if args.augment is None and args.task != "detect":
+    if args.augment is None and not dense:
         args.augment = "padcrop" if max(args.img_size) <= 64 else "mae" if args.task == "pretrain" else "inception"
     return args
 
 
-def check_detection(args, mixer):
+def check_dense(args, mixer):
+    """Detection and segmentation."""
+    detecting = args.task == "detect"
     if mixer:
-        raise ValueError(f"--model {args.model} takes one image size and has no map of places to detect in; choose a ViT, a hierarchical one or a ResNet")
-    if args.data not in ("shapes", "coco"):
-        raise ValueError(f"--data {args.data} has no boxes; --task detect takes shapes or coco")
-    if args.img_size is not None and len(set(args.img_size)) != 1:
+        raise ValueError(f"--model {args.model} takes one image size and has no map of places; choose a ViT, a hierarchical one or a ResNet")
+    if args.data not in (known := ("shapes", "coco") if detecting else ("shapes", "coco", "ade20k")):
+        raise ValueError(f"--data {args.data} has no {'boxes' if detecting else 'label for every pixel'}; --task {args.task} takes {' or '.join(known)}")
+    if detecting and args.img_size is not None and len(set(args.img_size)) != 1:
         raise ValueError(f"--img-size {args.img_size} must be one number for --task detect: images are padded to a square")
     if args.window_size is not None and is_vit(args) and len(args.window_size) != 1:
-        raise ValueError(f"--window-size {args.window_size} must be one number for a plain ViT in --task detect")
-    if args.jitter is None and args.data == "coco":
-        args.jitter = [0.1, 2.0]
+        raise ValueError(f"--window-size {args.window_size} must be one number for a plain ViT in --task {args.task}")
+    if args.slide is not None and not 1 <= args.slide[1] <= args.slide[0]:
+        raise ValueError(f"--slide {args.slide[0]} {args.slide[1]} must be window and step with 1 <= step <= window, such as 512 341")
+    if args.channels is None and not detecting:
+        args.channels = 64 if args.heads == "small" else 512
+    if args.jitter is None and args.data != "shapes":
+        args.jitter = [0.1, 2.0] if detecting else [0.5, 2.0]
     if args.jitter == [0, 0]:
         args.jitter = None
     if args.jitter is not None and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
@@ -358,7 +378,8 @@ def check_detection(args, mixer):
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
 SCENES = {"shapes": ShapeScenes, "coco": CocoImages}
 SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, rpn_batch_size_per_image=64,
-                   rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
+                   rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100,
+                   box_batch_size_per_image=32)
 
 
 def is_vit(args):
@@ -368,7 +389,7 @@ def is_vit(args):
 def build_encoder(args, **more):
     """The encoder of the flags; more: what the file of --init asks for (encoder_options)."""
     names = ["patch_size", "embed_dim", "depth", "num_heads", "window_size"]
-    if args.task == "detect" and is_vit(args):
+    if args.task in ("detect", "segment") and is_vit(args):
         names.remove("window_size")  # the pyramid's, not the ViT's
     sizes = {key: getattr(args, key) for key in names if getattr(args, key) is not None}
     if args.img_size is not None:
@@ -401,7 +422,7 @@ def build_model(args, num_classes, main_rank=False):
     """The pre-training model, or the classifier. The encoder is drawn first: the same seed, the same encoder."""
     file = read_checkpoint(args.init) if args.init else {}
     more = encoder_options(file) if file and is_vit(args) else {}
-    if args.task != "detect":  # the detector resizes the tables itself, and says so
+    if args.task not in ("detect", "segment"):  # their pyramid resizes the tables itself, and says so
         more.pop("img_size", None)
     encoder = build_encoder(args, **more)
     if args.init:
@@ -420,6 +441,9 @@ def build_model(args, num_classes, main_rank=False):
         encoder.pos_embed.requires_grad_(True)
     if args.task == "detect":
         return build_detector(encoder, args, num_classes)
+    if args.task == "segment":
+        return UperNet(encoder, num_classes, args.channels, min(256, args.channels), args.norm, window_size=(args.window_size or [14])[0],
+                       global_blocks=args.global_blocks, pyramid=args.pyramid, checkpointing=args.checkpointing, img_size=tuple(args.img_size))
     if args.loss == "supcon":
         return SupCon(encoder)
     encoder.reset_classifier(num_classes)
@@ -466,15 +490,15 @@ def layer_number(name, depths):
 
 
 def param_groups(model, args):
-    """Groups with weight_decay and lr_scale: no decay on 1-D tensors, nor on detection's position tables; one group per block and kind."""
-    groups, depths = {}, getattr(getattr(model, "encoder", model), "depths", [args.depth or 0])
+    """Groups with weight_decay and lr_scale: no decay on 1-D tensors, nor on a pyramid's position tables; one group per block and kind."""
+    groups, depths = {}, next((module.depths for module in model.modules() if hasattr(module, "depths")), [args.depth or 0])
     for name, param in model.named_parameters():
-        name = name.removeprefix("encoder.")
+        name = re.sub(r"^(backbone\.)?(pyramid\.)?(encoder\.|vit\.)?", "", name)
         if not param.requires_grad:
             continue
         # pre-training decays class and mask tokens as the official codes do; fine-tuning spares token and table
         spare = param.ndim <= 1 or name.endswith(".bias") or (args.task == "classify" and name in ("cls_token", "pos_embed"))
-        spare |= args.task == "detect" and name.endswith(("pos_embed", "relative_position_bias_table"))
+        spare |= args.task in ("detect", "segment") and name.endswith(("pos_embed", "relative_position_bias_table"))
         scale = args.layer_decay ** (sum(depths) + 1 - layer_number(name, depths))
         key = (spare, scale)
         groups.setdefault(key, dict(params=[], weight_decay=0.0 if spare else args.weight_decay, lr_scale=scale))
@@ -544,6 +568,8 @@ def make_objective(model, args, bare=None, mean=0.0, std=1.0):
         return lambda images, labels, noise: model(images, args.mask_ratio, mask_noise(noise, args)).loss
     if args.task == "detect":
         return lambda images, targets: sum(model(images, targets).values())
+    if args.task == "segment":
+        return lambda images, labels: model(images, labels).loss
     if args.loss == "supcon":
         return lambda views, labels, noise: model(views, labels).loss  # each process contrasts within its own images
     mixes = [make(alpha=alpha, num_classes=args.num_classes) for make, alpha in ((v2.MixUp, args.mixup), (v2.CutMix, args.cutmix)) if alpha]
@@ -632,6 +658,26 @@ def evaluate_detection(model, loader, scenes, world, autocast):
         result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, world.rank == 0, [source.image_ids[i] for i in scenes.indices])
     wanted = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall")
     return {key: 100 * result[key] if result.get(key, -1) >= 0 else math.nan for key in wanted}  # -1 or absent: there was nothing to find
+
+
+def evaluate_segmentation(model, loader, classes, args, world, autocast):
+    """miou and pixel_acc in percent."""
+    window, stride = args.slide or (None, None)
+    with autocast:
+        result = segment_evaluate(model, loader, len(classes), world.device, window, stride, args.eval_flip, world.rank == 0)
+    return {key: 100 * result[key] for key in ("miou", "pixel_acc")}
+
+
+@torch.no_grad()
+def save_segmentations(path, model, data, args, device, shown=6):
+    """Image, truth and prediction of images from all over a set."""
+    model.eval()
+    mean, std = (torch.tensor(value).view(-1, 1, 1) for value in (data.source.mean, data.source.std))
+    some = [data[0, i] for i in torch.linspace(0, len(data) - 1, min(shown, len(data))).long().tolist()]
+    window, stride = args.slide or (None, None)
+    found = [predict(model, image[None].to(device), labels.shape, window, stride, args.eval_flip)[0].cpu() for image, labels in some]
+    save_segments(path, [(image * std + mean).clamp(0, 1) for image, _ in some], [labels for _, labels in some], found, data.source.classes)
+    model.train()
 
 
 @torch.no_grad()
@@ -805,7 +851,9 @@ def ema_update(decay):
 
 
 def open_scenes(args, train):
-    """The training or validation scenes of --task detect."""
+    """The training or validation scenes of --task detect and segment."""
+    if args.task == "segment":
+        return open_semantic(args.data, args.data_path, train, tuple(args.img_size), args.data_size)
     if args.data == "shapes":
         return ShapeScenes(args.data_size if train else max(1, args.data_size // 4), args.img_size[0], train=train, class_agnostic=args.class_agnostic)
     if args.data_path is None:
@@ -828,12 +876,13 @@ def run(args, world, folder, stop, command, home=None):
     if args.download and world.rank != 0:
         world.gather(None)  # rank 0 downloads first
         data["download"] = False
-    detecting = args.task == "detect"
-    source = open_scenes(args, train=True) if detecting else open_source(train=True, **data)
+    detecting, segmenting = args.task == "detect", args.task == "segment"
+    dense = detecting or segmenting
+    source = open_scenes(args, train=True) if dense else open_source(train=True, **data)
     if args.download and world.rank == 0:
         world.gather(None)
     try:
-        val_source = source if args.eval_train else open_scenes(args, train=False) if detecting else open_source(train=False, **data)
+        val_source = source if args.eval_train else open_scenes(args, train=False) if dense else open_source(train=False, **data)
     except ValueError as error:
         if args.task != "pretrain":
             raise
@@ -856,6 +905,10 @@ def run(args, world, folder, stop, command, home=None):
         fill = [round(255 * value) for value in mean]  # what becomes zero by normalisation, with which the detector pads too
         jitter = None if args.jitter is None else large_scale_jitter(args.img_size[0], fill, args.jitter)
         train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=indices if args.eval_train else None)
+    elif segmenting:
+        size, kept = tuple(args.img_size), indices if args.eval_train else None
+        train_set = Segmentations(source, size, args.jitter is not None, seed=args.seed, indices=indices, scale_range=args.jitter or (1.0, 1.0))
+        val_set = Segmentations(val_source, size, False, indices=kept)
     else:
         noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
         train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
@@ -872,7 +925,7 @@ def run(args, world, folder, stop, command, home=None):
     model = build_model(args, args.num_classes, main_rank).to(device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
-    if detecting and world.size > 1 and device.type == "cuda":  # two images a process are too few for BatchNorm
+    if dense and world.size > 1 and device.type == "cuda":  # two images a process are too few for BatchNorm
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     learner = model
     if args.probe:  # the encoder is frozen, so its features never change: compute them once, train the head on them
@@ -887,13 +940,13 @@ def run(args, world, folder, stop, command, home=None):
         learner, workers = model.head[1], 0
     plan = plan_steps(args, len(train_set), world.size)
     train_batches = TrainBatches(len(train_set), plan.batch_size, args.seed, world.rank, world.size)
-    lists = collate if detecting else None
-    loader = make_loader(train_set, train_batches, workers, device, lists)
+    loader = make_loader(train_set, train_batches, workers, device, as_lists if detecting else None)
     val_loader = None
     if val_set is not None:
         smallest = 2 if comparing else 1  # who is mixed or compared needs a partner
         val_batches = EvalBatches(len(val_set), plan.batch_size, world.rank, world.size, smallest)
-        val_loader = make_loader(val_set, val_batches, workers, device, lists)
+        lists = detecting or (segmenting and args.data != "shapes")  # of different sizes
+        val_loader = make_loader(val_set, val_batches, workers, device, as_lists if lists else None)
     ema = AveragedModel(learner, multi_avg_fn=ema_update(args.ema)) if args.ema else None
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
@@ -916,8 +969,8 @@ def run(args, world, folder, stop, command, home=None):
         baseline = patch_mean_loss(torch.stack([looked_at[0, i][0] for i in range(min(256, len(looked_at)))]), args.mask_patch_size,
                                    args.method == "mirl" or not args.raw_pixels).item()
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
-    elif detecting:
-        for what, before, now in model.backbone.pyramid.positions:
+    elif dense:
+        for what, before, now in (model.backbone if detecting else model).pyramid.positions:
             say(f"  positions: {what:26} {before:12} -> {now}")
     else:
         names = {True: [], False: []}
@@ -1060,6 +1113,8 @@ def run(args, world, folder, stop, command, home=None):
             world.share(judged.buffers())  # each rank's BatchNorm has seen its own last batch
             if detecting:
                 line.update(evaluate_detection(judged, val_loader, val_set, world, autocast))
+            elif segmenting:
+                line.update(evaluate_segmentation(judged, val_loader, source.classes, args, world, autocast))
             else:
                 line.update(evaluate(judged, val_loader, args, world, autocast))
             if epoch + 1 == args.epochs and (args.eval_corruptions or args.eval_pgd):
@@ -1075,6 +1130,8 @@ def run(args, world, folder, stop, command, home=None):
             save_pictures(folder / "reconstruction.png", judged, looked_at, args, mean, std, device)
         if detecting and due and main_rank:
             save_detections(folder / "detections.png", judged, val_set, device)
+        if segmenting and due and main_rank:
+            save_segmentations(folder / "segments.png", judged, val_set, args, device)
         loss_sum, loss_count = 0.0, 0
         save(epoch + 1)
         last_save = time.monotonic()
@@ -1091,7 +1148,9 @@ def dry_run(args, world):
     """Parameters, multiply-adds, steps, memory and device-hours, from a forward pass without data or weights."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    known = {"coco": (118_287, 80), "shapes": (args.data_size, 10), "cifar10": (50_000, 10), "cifar100": (50_000, 100), "folder": (1_281_167, 1000)}
+    segmenting = args.task == "segment"  # COCO's stuff and the background of shapes are classes then
+    known = {"coco": (118_287, 133 if segmenting else 80), "ade20k": (20_210, 150), "shapes": (args.data_size, 10 + segmenting), "cifar10": (50_000, 10),
+             "cifar100": (50_000, 100), "folder": (1_281_167, 1000)}
     images, num_classes = known[args.data]
     if args.data == "folder" and args.data_path and Path(args.data_path).is_dir():
         source = Folder(args.data_path, train=True)
@@ -1109,7 +1168,8 @@ def dry_run(args, world):
                 kept[storage._cdata] = storage
             return tensor
 
-        count = 2 if args.task == "pretrain" and args.method == "mixmim" else 1  # a pair, where images are mixed
+        # a pair where images are mixed, or BatchNorm meets a map of one place
+        count = 2 if segmenting or args.task == "pretrain" and args.method == "mixmim" else 1
         batch = torch.empty(count, getattr(getattr(model, "encoder", model), "in_chans", 3), *args.img_size)
         measured = model
         if args.loss == "supcon":  # two views an image; the comparison of all views costs next to nothing

@@ -9,7 +9,8 @@ from torchvision.transforms.functional import to_pil_image
 pytest.importorskip("pycocotools")
 
 import coco
-from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, collate, large_scale_jitter, make_truth
+from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter, make_truth
+from data import as_lists
 from detect import check_target
 
 
@@ -32,7 +33,7 @@ def answer(target, scores=None, shift=0):
 
 
 def batches(samples, size=1):
-    return [collate(samples[i:i + size]) for i in range(0, len(samples), size)]
+    return [as_lists(samples[i:i + size]) for i in range(0, len(samples), size)]
 
 
 @pytest.fixture(scope="module")

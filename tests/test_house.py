@@ -15,7 +15,7 @@ FILES = sorted(path.stem for path in ROOT.glob("*.py"))
 CONCEPTS = [name for name in FILES if name != "train"]
 FLOOR_0 = {"vit", "mixer", "resnet", "masking", "sam", "geometry", "supcon", "robust", "shapes", "checkpoints"}
 FLOOR_1 = {"mae", "mirl", "mixmim", "detect", "data"}
-FLOOR_2 = {"segment", "coco"}  # coco takes check_target from detect and the draws of data
+FLOOR_2 = {"segment", "coco", "semantic"}  # coco takes check_target from detect, both sets the draws of data
 NO_PAPER = {"shapes", "data", "checkpoints"}  # ours; they may name no paper
 
 README = (ROOT / "README.md").read_text() if (ROOT / "README.md").exists() else ""

@@ -880,7 +880,7 @@ def test_detections_figures_are_those_of_the_saved_model(detected):
     model = train.build_model(args, 10)
     model.load_state_dict(checkpoint(detected)["model"])
     scenes = train.Detections(train.open_scenes(args, train=False))
-    loader = train.make_loader(scenes, train.EvalBatches(4, 3), 0, torch.device("cpu"), train.collate)
+    loader = train.make_loader(scenes, train.EvalBatches(4, 3), 0, torch.device("cpu"), train.as_lists)
     figures = train.evaluate_detection(model, loader, scenes, train.World("cpu"), train.nullcontext())
     for key, value in figures.items():  # in batches of another size
         assert log(detected)[-1][key] == pytest.approx(value, abs=1e-3)
@@ -1369,7 +1369,7 @@ def test_two_processes_evaluate_detection_exactly_as_one(two_processes):
     model = train.build_model(args, 10)
     model.load_state_dict(saved["model"])
     scenes = train.Detections(train.open_scenes(args, train=False))  # 21 scenes
-    loader = train.make_loader(scenes, train.EvalBatches(21, 8), 0, torch.device("cpu"), train.collate)
+    loader = train.make_loader(scenes, train.EvalBatches(21, 8), 0, torch.device("cpu"), train.as_lists)
     figures = train.evaluate_detection(model, loader, scenes, train.World("cpu"), train.nullcontext())
     assert {key: float(f"{value:.6g}") for key, value in figures.items()} == {key: last[key] for key in figures}
 
