@@ -121,6 +121,9 @@ def convert(state_dict):
     def has(pattern):
         return any(re.match(pattern, key) for key in state)
 
+    if has(r"(backbone\.)?pyramid\."):
+        raise ValueError("the checkpoint is of a detector or a segmentation network, whose tables were resized and shared; start from the encoder's "
+                         "checkpoint that it started from")
     if has(r"base_encoder\."):
         kind, inner = "MoCo v3", "base_encoder."
     elif has(r"encoder\."):  # our pre-training wrappers: MAE, MIRL, MixMIM around an encoder
@@ -286,7 +289,7 @@ def source_aspect(file):
 
 
 def encoder_options(file):
-    """Keyword arguments that a ViT needs to take a file in as it is: img_size, pos_embed, rel_pos_bias, layer_scale, where they differ.
+    """Keyword arguments that a ViT needs to take a file in as it is: patch_size, img_size, pos_embed, rel_pos_bias, layer_scale, where known.
 
     file: what read_checkpoint returns. Heads, depth and width are not among them: they are the preset's.
     """
@@ -299,11 +302,13 @@ def encoder_options(file):
         options["pos_embed"] = None
     name = next((name for name in ("pos_embed", shared, block) if name in state), None)
     patch = state.get("patch_embed.proj.weight")
-    if name and patch is not None and patch.ndim == 4:
+    if patch is not None and patch.ndim == 4 and patch.shape[2] == patch.shape[3]:
+        options["patch_size"] = patch.shape[2]
+    if name and "patch_size" in options:
         rows = state[name].shape[1] if name == "pos_embed" else state[name].shape[0]
         found = find_grid(name, rows, source_aspect(file) or (1, 1))
         if found:
-            options["img_size"] = tuple(side * p for side, p in zip(found[1], patch.shape[2:]))
+            options["img_size"] = tuple(side * options["patch_size"] for side in found[1])
     return options
 
 

@@ -34,7 +34,7 @@ from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import IMAGENET_MEAN, IMAGENET_STD, as_lists, seeded
+from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, as_lists, seeded
 from detect import check_target, covered
 from shapes import Shapes
 
@@ -75,6 +75,7 @@ class CocoImages:
         try:
             content = json.loads(file.read_text())
             names = {image["id"]: image["file_name"] for image in content["images"]}
+            annotations = content["annotations"]
             self.ids = [category["id"] for category in sorted(content["categories"], key=lambda c: c["id"])]
             self.classes = [category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])]
         except (ValueError, KeyError, TypeError):
@@ -82,23 +83,25 @@ class CocoImages:
         for entry in content["images"]:
             if not {"height", "width"} <= set(entry):
                 raise ValueError(f"{file.name}: image {entry['file_name']} has no height and width; add them")
-        for entry in content["annotations"]:
+        for entry in annotations:
             entry.setdefault("iscrowd", 0)
             lacks = {"id", "image_id", "category_id", "bbox", "area", "segmentation"} - {key for key, value in entry.items() if value not in ([], None)}
+            if not lacks and not (isinstance(entry["bbox"], list) and len(entry["bbox"]) == 4):
+                raise ValueError(f"{file.name}: annotation {entry['id']} has bbox {entry['bbox']}; it must be [x, y, width, height]")
             if lacks or entry["image_id"] not in names:
                 raise ValueError(f"{file.name}: annotation {entry.get('id')} has no {', '.join(sorted(lacks)) or 'image in the file'}; complete or "
                                  "drop it")
         absent = [name for name in names.values() if not (self.folder / name).is_file()]
         if absent:
             raise ValueError(f"{len(absent)} images named in {file.name} are not in {self.folder}, first {absent[0]}; add them or drop their entries")
-        unknown = next((entry for entry in content["annotations"] if entry["category_id"] not in self.ids), None)
+        unknown = next((entry for entry in annotations if entry["category_id"] not in self.ids), None)
         if unknown is not None:
             raise ValueError(f"{names[unknown['image_id']]}: category_id {unknown['category_id']} is not among the categories of {file.name}; add it "
                              "or drop the annotation")
         if class_agnostic:
             self.ids, self.classes = [1], ["object"]
             content["categories"] = [dict(id=1, name="object")]
-            for entry in content["annotations"]:
+            for entry in annotations:
                 entry["category_id"] = 1
         self.coco, self.mask = coco.COCO(), mask
         self.coco.dataset = content
@@ -112,8 +115,11 @@ class CocoImages:
         return self.coco.imgs[self.image_ids[i]]["file_name"]
 
     def sample(self, i):
-        with Image.open(self.folder / self.name(i)) as image:
-            image = v2.functional.pil_to_tensor(image.convert("RGB"))
+        try:
+            with Image.open(self.folder / self.name(i)) as image:
+                image = v2.functional.pil_to_tensor(image.convert("RGB"))
+        except BROKEN as error:
+            raise ValueError(f"cannot read {self.folder / self.name(i)} ({str(error).splitlines()[0]}); repair it or drop its entry") from None
         height, width = image.shape[-2:]
         entry = self.coco.imgs[self.image_ids[i]]
         if (entry["height"], entry["width"]) != (height, width):
@@ -126,7 +132,13 @@ class CocoImages:
             raise ValueError(f"{self.name(i)}: a box reaches beyond the image of {width}x{height}; bbox must be [x, y, width, height] in pixels")
         boxes[:, 0::2].clamp_(0, width)
         boxes[:, 1::2].clamp_(0, height)
-        masks = [torch.from_numpy(self.coco.annToMask(a)) for a in things]
+        masks = []
+        for a in things:
+            try:
+                masks.append(torch.from_numpy(self.coco.annToMask(a)))
+            except Exception as error:  # pycocotools raises bare ones
+                raise ValueError(f"{self.name(i)}: the segmentation of annotation {a['id']} is neither polygons nor run lengths ({error}); mend or drop "
+                                 "it") from None
         labels = torch.tensor([self.ids.index(a["category_id"]) + 1 for a in things], dtype=torch.long)
         masks = torch.stack(masks) if masks else torch.zeros(0, height, width, dtype=torch.uint8)
         real = (boxes[:, 2:] > boxes[:, :2]).all(1)
@@ -263,13 +275,14 @@ def proposals_of(model):
 
 @torch.no_grad()
 def coco_evaluate(model, loader, truth, ids, device="cpu", progress=False, image_ids=None):
-    """{"box_ap": ..., "box_ap50", ..., "mask_ap", ...}: fractions; -1 where there is no truth of that kind.
+    """{"box_ap": ..., "box_ap50", ..., "mask_ap", ...}: fractions; -1 where there is no truth of that kind
+    (of that size too, if anything was found).
 
     From a two-stage detector also "proposal_recall": the share of the targets' boxes that some proposal covers, the first
     thing to look at when nothing is learnt.
 
     model   a detector of torchvision: list of images -> list of dicts of boxes, labels, scores, masks
-    loader  batches (images, targets with image_id): each process its own share, every image once over all
+    loader  batches (images, targets with image_id and boxes): each process its own share, every image once over all
     truth   pycocotools' COCO of the whole set; image_ids: those of its images that count, None for all
     ids     the category id of labels 1, 2, ...
 

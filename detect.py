@@ -16,7 +16,7 @@ Everything is sized by arguments, so that it also trains on a laptop.
 
 Windows at the border are simply smaller. That equals padding them and masking the padding, without
 computing it; the official follow-up (ViTDet) pads and attends to the padding. We differ: torchvision's
-RoIAlign samples half a pixel beside detectron2's.
+RoIAlign samples half a pixel beside detectron2's, and its box loss is smooth L1, there L1.
 
 Source: Li et al. 2021, arXiv 2111.11429; simple pyramid: ViTDet, Li et al. 2022, arXiv 2203.16527. Written
 from the papers, sizes checked in detectron2's ViTDet and MIMDet.
@@ -149,11 +149,16 @@ class ViTPyramid(nn.Module):
         window = (window_size, window_size) if isinstance(window_size, int) else tuple(window_size)
         if len(window) != 2 or min(window) < 1:
             raise ValueError(f"window_size {window_size} must be a number of tokens or (rows, columns), at least 1")
+        if all(isinstance(norm, nn.Identity) for norm in (vit.norm, vit.fc_norm)):
+            raise ValueError("this vit is already in a pyramid, which took its norm and tables over; build it anew")
         if depth % 4 and (pyramid == "taps" or global_blocks == "quarters"):
             raise ValueError(f"depth {depth} has no quarters; take a multiple of 4, or pyramid='simple' and global_blocks as a list")
         if pyramid not in ("taps", "simple", "single"):
             raise ValueError(f"pyramid {pyramid!r} is unknown; choose 'taps', 'simple' or 'single'")
         quarters = [depth * k // 4 - 1 for k in (1, 2, 3, 4)]
+        p = vit.patch_size
+        if p % 4 and pyramid != "single":
+            raise ValueError(f"patch_size {p} cannot be divided by 4 for the finest map; take a multiple of 4 or pyramid='single'")
         named = {"quarters": quarters, "all": range(depth), "none": ()}
         if isinstance(global_blocks, str) and global_blocks not in named:
             raise ValueError(f"global_blocks {global_blocks!r} is unknown; choose 'quarters', 'all', 'none' or a list of block numbers")
@@ -167,7 +172,8 @@ class ViTPyramid(nn.Module):
 
         self.bias = None
         if rel_pos_bias:
-            used = {"window": window} if len(chosen) < depth else {}  # a table without use would get no gradient and upset DDP
+            # a table without use would get no gradient and upset DDP; one for more than the map would be stretched and read in its middle
+            used = {"window": tuple(map(min, window, grid))} if len(chosen) < depth else {}
             used |= {"global": grid} if chosen else {}
             self.bias = nn.ModuleDict({name: RelativeBias(size, vit.num_heads) for name, size in used.items()})
         self.positions = []  # (what, as it came, as it is now)
@@ -175,7 +181,6 @@ class ViTPyramid(nn.Module):
         vit.norm, vit.fc_norm, vit.head, vit.num_classes = nn.Identity(), nn.Identity(), nn.Identity(), 0  # a norm without gradient upsets DDP
         self.vit = vit
 
-        p = vit.patch_size
         if pyramid == "taps":
             self.channels, self.strides = [dim] * 4, [p / 4, p / 2, p, 2 * p]
             fine = nn.Sequential(up(dim, dim), group_norm(dim), nn.GELU(), up(dim, dim))
@@ -187,8 +192,6 @@ class ViTPyramid(nn.Module):
         if pyramid == "single":
             self.channels, self.strides, scales = [dim], [p], [nn.Identity()]
         else:
-            if p % 4:
-                raise ValueError(f"patch_size {p} cannot be divided by 4 for the finest map; take a multiple of 4 or pyramid='single'")
             scales = [fine, half, nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)]
         self.scales = nn.ModuleList(scales)
 
@@ -243,7 +246,7 @@ class ViTPyramid(nn.Module):
 class StagePyramid(nn.Module):
     """A hierarchical encoder of mixmim.py, whose maps are already there; a LayerNorm makes each comparable."""
 
-    kind, positions = "taps", [("absolute table and the windows' biases", "the encoder's", "kept")]
+    kind, positions = "taps", [("absolute table and biases", "the encoder's", "as loaded; the table is fixed, the biases train")]
 
     def __init__(self, encoder):
         super().__init__()
@@ -277,7 +280,7 @@ def as_pyramid(encoder, **options):
     """The pyramid for an encoder: a ViT (options of ViTPyramid), a HierarchicalViT, a ResNet; a pyramid is given back as it is."""
     if hasattr(encoder, "forward_maps"):
         return StagePyramid(encoder)
-    if hasattr(encoder, "blocks"):
+    if hasattr(encoder, "drop_class_token"):
         return ViTPyramid(encoder, **options)
     if hasattr(encoder, "layer4"):
         return ResNetPyramid(encoder)
@@ -339,7 +342,7 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
                   aspect_ratios=(0.5, 1.0, 2.0), canonical_scale=224, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, **options):
     """torchvision's MaskRCNN around an encoder. Lists of images (C, H, W) in [0, 1], targets as torchvision's.
 
-    encoder          a ViT, a HierarchicalViT, a ResNet, or a pyramid of this file. Build the ViT in the size it was pre-trained with and
+    encoder          a ViT, a HierarchicalViT, a ResNet, or a pyramid of this file, made with its own options. Build the ViT in the size it was pre-trained with and
                      call load_pretrained on it first; its tables are resized here
     num_classes      without background; labels are 1..num_classes
     img_size         the longer side of an image becomes img_size, and the rest is padded to a square, in training and inference
@@ -350,6 +353,8 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
     canonical_scale  the size in pixels of an object that is read from the level of stride 16 (at 224: that of ImageNet)
     options          of torchvision's MaskRCNN: rpn_batch_size_per_image, box_batch_size_per_image, rpn_post_nms_top_n_train, ...
     """
+    if not isinstance(img_size, int) or img_size < 1:
+        raise ValueError(f"img_size {img_size} must be one number of pixels: images are padded to a square")
     if num_classes < 1:
         raise ValueError(f"num_classes {num_classes} counts classes without background; it must be at least 1")
     if norm not in NORMS:

@@ -44,7 +44,7 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from checkpoints import encoder_options, load_pretrained, read_checkpoint
-from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter
+from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter, need_pycocotools
 from data import (AUGMENTATIONS, EvalBatches, Folder, Images, TrainBatches, as_lists, augmentation, channel_statistics, first_of_shuffle,
                   make_loader, open_source)
 from detect import NORMS, init_as_beit, vit_mask_rcnn
@@ -232,6 +232,8 @@ def resolve(given):
     defaults = {**DEFAULTS["all"], **by_method, **DEFAULTS[stage]}
     if stage in ("detect", "segment") and "model" in given:
         defaults |= dict(img_size=None, patch_size=None)  # as its preset has them
+    elif stage in ("detect", "segment") and by_method:
+        defaults |= dict(patch_size=None)
     args = argparse.Namespace(**{**defaults, **given})
     args.task = args.task or "pretrain"
     if args.model not in {**VITS, **HIERARCHICAL, **MIXERS, **RESNETS}:
@@ -366,9 +368,7 @@ def check_dense(args, mixer):
         args.channels = 64 if args.heads == "small" else 512
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0] if detecting else [0.5, 2.0]
-    if args.jitter == [0, 0]:
-        args.jitter = None
-    if args.jitter is not None and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
+    if args.jitter not in (None, [0, 0]) and not 0 < args.jitter[0] <= args.jitter[1] < math.inf:
         raise ValueError(f"--jitter {args.jitter} must be two positive numbers, the smaller first, such as 0.5 2")
 
 
@@ -415,17 +415,35 @@ def check_origin(args, file):
         raise ValueError(f"--init {args.init} was trained {'without' if args.shift else 'with'} --shift; {'drop' if args.shift else 'add'} it")
     if is_vit(args) and (theirs.get("method") == "mixmim") != (args.method == "mixmim"):
         raise ValueError(f"--init {args.init} was pre-trained by {theirs.get('method')}, and --method {args.method} builds a ViT with"
-                         f"{'out' if args.method == 'mixmim' else ''} class token; add --method {theirs.get('method')}")
+                         f"{'out' if args.method == 'mixmim' else ''} class token; give --model, --method {theirs.get('method')} and the sizes of that run")
 
 
-def build_model(args, num_classes, main_rank=False):
-    """The pre-training model, or the classifier. The encoder is drawn first: the same seed, the same encoder."""
-    file = read_checkpoint(args.init) if args.init else {}
-    more = encoder_options(file) if file and is_vit(args) else {}
-    if args.task not in ("detect", "segment"):  # their pyramid resizes the tables itself, and says so
-        more.pop("img_size", None)
-    encoder = build_encoder(args, **more)
-    if args.init:
+def init_options(args, file):
+    """How the ViT for a file must be built (encoder_options). ValueError where the flags say otherwise."""
+    if not is_vit(args):
+        return {}
+    options, dense = encoder_options(file), args.task in ("detect", "segment")
+    if options.get("patch_size", args.patch_size) != args.patch_size:
+        raise ValueError(f"--init {args.init} has patches of {options['patch_size']} pixels, the model of {args.patch_size}; add --patch-size "
+                         f"{options['patch_size']}")
+    bias = options.get("rel_pos_bias")
+    if bias and (args.method == "mixmim" or args.no_rel_pos):
+        raise ValueError(f"--init {args.init} has a relative position bias, which {'--no-rel-pos' if args.no_rel_pos else '--method mixmim'} has no place "
+                         "for; drop that flag")
+    if bias == "block" and dense:
+        raise ValueError(f"--init {args.init} is a fine-tuned BEiT with a bias in every block, but --task {args.task} shares one; take the pre-trained file")
+    if not dense:  # a pyramid resizes the tables itself, and says so
+        options.pop("img_size", None)
+    return options
+
+
+def build_model(args, num_classes, main_rank=False, resumed=False):
+    """The pre-training model, or the classifier. The encoder is drawn first: the same seed, the same encoder. resumed: weights come later."""
+    file = read_checkpoint(args.init) if args.init and not resumed else {}
+    if file:
+        args.init_options = init_options(args, file)  # kept with the flags: to resume, the file is not needed again
+    encoder = build_encoder(args, **getattr(args, "init_options", {}))
+    if file:
         check_origin(args, file)
         load_pretrained(encoder, file, verbose=main_rank, name=args.init)
     if args.task == "pretrain":
@@ -852,6 +870,8 @@ def ema_update(decay):
 
 def open_scenes(args, train):
     """The training or validation scenes of --task detect and segment."""
+    if args.task == "detect":
+        need_pycocotools()  # now, not after the first epoch
     if args.task == "segment":
         return open_semantic(args.data, args.data_path, train, tuple(args.img_size), args.data_size)
     if args.data == "shapes":
@@ -903,11 +923,12 @@ def run(args, world, folder, stop, command, home=None):
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
     if detecting:
         fill = [round(255 * value) for value in mean]  # what becomes zero by normalisation, with which the detector pads too
-        jitter = None if args.jitter is None else large_scale_jitter(args.img_size[0], fill, args.jitter)
+        jitter = None if args.jitter in (None, [0, 0]) else large_scale_jitter(args.img_size[0], fill, args.jitter)
         train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=indices if args.eval_train else None)
     elif segmenting:
         size, kept = tuple(args.img_size), indices if args.eval_train else None
-        train_set = Segmentations(source, size, args.jitter is not None, seed=args.seed, indices=indices, scale_range=args.jitter or (1.0, 1.0))
+        moved = args.jitter not in (None, [0, 0])
+        train_set = Segmentations(source, size, moved, seed=args.seed, indices=indices, scale_range=args.jitter if moved else (1.0, 1.0))
         val_set = Segmentations(val_source, size, False, indices=kept)
     else:
         noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
@@ -922,7 +943,8 @@ def run(args, world, folder, stop, command, home=None):
     # model
     torch.manual_seed(args.seed)
     args.num_classes = len(source.classes)
-    model = build_model(args, args.num_classes, main_rank).to(device)
+    # a probe needs its frozen encoder at once
+    model = build_model(args, args.num_classes, main_rank, resumed=saved is not None and not args.probe).to(device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=bf16)
     if dense and world.size > 1 and device.type == "cuda":  # two images a process are too few for BatchNorm
@@ -971,7 +993,7 @@ def run(args, world, folder, stop, command, home=None):
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
     elif dense:
         for what, before, now in (model.backbone if detecting else model).pyramid.positions:
-            say(f"  positions: {what:26} {before:12} -> {now}")
+            say(f"  positions: {what:26} {before:12} -> {now}" + ("" if args.init or before == "none" else " (random start: a fresh sin-cos table)"))
     else:
         names = {True: [], False: []}
         for name, param in model.named_parameters():
@@ -1156,7 +1178,10 @@ def dry_run(args, world):
         source = Folder(args.data_path, train=True)
         images, num_classes = len(source), len(source.classes)
     images = args.train_images or images  # without either: ImageNet-1k
-    args.init = None
+    if args.init:
+        args.init_options, args.init = init_options(args, read_checkpoint(args.init)), None
+    if args.class_agnostic:
+        num_classes = 1
     with torch.device("meta"):
         model = build_model(args, num_classes)
         weights = {t.untyped_storage()._cdata for t in itertools.chain(model.parameters(), model.buffers())}
@@ -1194,7 +1219,7 @@ def dry_run(args, world):
     print(f"steps        {plan.total_steps:,} of {plan.effective} images, {args.epochs} epochs of {images:,}")
     print(f"lr           {plan.lr:.3g} (base {args.blr:g} per 256)")
     print(f"memory       about {(4 * total + moments * trainable + activations) / 1e9:.1f} GB per device in fp32: weights, gradients, the optimizer's copies, "
-          f"{activations / 1e9:.1f} GB of activations")
+          f"{activations / 1e9:.1f} GB of activations" + (", without the heads on proposals" if args.task == "detect" else ""))
     print(f"device-hours {2 * macs * passes * seen / (args.tflops * 1e12) / 3600:.4g} at {args.tflops:g} TFLOP/s")
 
 
@@ -1249,7 +1274,7 @@ def with_saved_flags(given):
     for key, value in given.items():
         if key not in FREE_AT_RESUME and key in saved and not same_flag(saved[key], value):
             raise ValueError(f"--{key.replace('_', '-')} {value} differs from the run's own {saved[key]}; drop it or start a new run")
-    return {**{key: value for key, value in saved.items() if key not in FREE_AT_RESUME}, **given}
+    return {**{key: value for key, value in saved.items() if key not in ("resume", "output_dir")}, **given}
 
 
 def choose_folder(given, world):

@@ -34,6 +34,7 @@ from detect import ViTPyramid, vit_mask_rcnn
 from resnet import create_resnet
 from vit import create_vit
 
+LINUX = Path("/proc/self/clear_refs").exists()
 BLOCKS = {"windows only": "none", "hybrid": "quarters", "all global": "all"}
 
 
@@ -93,8 +94,13 @@ def measure(spec):
     def memory(peak):
         if cuda:
             return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+        if LINUX:
+            status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+            return int(status["VmHWM" if peak else "VmRSS"].split()[0]) * 1024
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
+    if not cuda and LINUX:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is held now
     before, seconds = memory(peak=False), []
     for _ in range(1 + spec["timed"]):
         began = time.perf_counter()
@@ -108,7 +114,7 @@ def measure(spec):
 def in_new_process(spec):
     """measure(spec) in a process of its own; None where it runs out of memory."""
     child = subprocess.run([sys.executable, __file__, "one", json.dumps(spec)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    if child.returncode in (-9, 137) or "OutOfMemory" in child.stderr or "not enough memory" in child.stderr:
+    if child.returncode in (-9, 137) or any(words in child.stderr for words in ("OutOfMemory", "not enough memory", "can't allocate memory")):
         return None
     if child.returncode:
         raise SystemExit(f"bench.py: {spec} failed:\n{child.stderr}")
@@ -132,58 +138,62 @@ def variants(flags):
 
 
 def run(flags):
-    specs = variants(flags)
-    results = [[] for _ in specs]
-    for number in range(flags.rounds):
-        for spec, some in zip(specs, results):
-            if None in some:
-                continue  # out of memory once is enough
-            some.append(in_new_process(spec))
-            name = {key: value for key, value in spec.items() if key not in ("bench", "device", "timed")}
-            print(f"round {number + 1}: {name} -> {some[-1] or 'out of memory'}", flush=True)
-    machine = dict(torch=torch.__version__, threads=torch.get_num_threads(), cores=os.cpu_count(), machine=platform.machine(), rounds=flags.rounds)
+    machine = dict(torch=torch.__version__, threads=torch.get_num_threads(), cores=os.cpu_count(), machine=platform.machine())
     if flags.device == "cuda":
         machine["gpu"] = torch.cuda.get_device_name()
-    rows = []
-    for spec, some in zip(specs, results):
-        row = dict(spec, **machine, out_of_memory=None in some)
-        if None not in some:
-            timed = [one["seconds"] for one in some]
-            row |= dict(seconds=statistics.median(timed), all_seconds=timed, peak_mb=statistics.median(one["peak_mb"] for one in some),
-                        params=some[0]["params"])
-        rows.append(row)
-    if flags.json:
-        with open(flags.json, "a") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+    specs, rows, full = variants(flags), [], []
+    for number in range(flags.rounds):
+        for spec in specs:
+            if spec in full:
+                continue  # out of memory once is enough
+            measured = in_new_process(spec)
+            if measured is None:
+                full.append(spec)
+            rows.append({**spec, **machine, "round": number, **(measured or {"out_of_memory": True})})
+            print(json.dumps(rows[-1]), flush=True)
+            if flags.json:
+                with open(flags.json, "a") as file:  # at once: nothing measured is lost
+                    file.write(json.dumps(rows[-1]) + "\n")
     print(table(rows))
 
 
+def median(rows, key):
+    """Over the rounds; None where it did not fit."""
+    values = [row.get(key) for row in rows]
+    return None if None in values else statistics.median(values)
+
+
+def show(value, form):
+    return "does not fit" if value is None else format(value, form)
+
+
 def table(rows):
-    """Markdown."""
-    if rows[0]["bench"] == "detection":
-        lines = ["| detector | bias | parameters | training MB | training s | inference s |", "|---|---|---|---|---|---|"]
-        pairs = {}
-        for row in rows:
-            pairs.setdefault((row["detector"], row["bias"]), {})[row["training"]] = row
-        for (name, bias), both in pairs.items():
-            train, test = both[True], both[False]
-            lines.append(f"| {name} | {'yes' if bias else 'no'} | {train['params'] / 1e6:.1f} M | {train['peak_mb']:,.0f} | {train['seconds']:.2f} | "
-                         f"{test['seconds']:.2f} |")
-        return "\n".join(lines)
-    lines = ["| px | bias | attention | recompute | " + " | ".join(f"{name} MB" for name in BLOCKS) + " | global / hybrid | " +
-             " | ".join(f"{name} s" for name in BLOCKS) + " | global / hybrid |", "|" + "---|" * 12]
+    """Markdown, of the measurements of one bench."""
+    if len({row["bench"] for row in rows}) != 1:
+        raise SystemExit("bench.py: the file holds several benches, or nothing; keep a file for each")
     cells = {}
+    if rows[0]["bench"] == "detection":
+        for row in rows:
+            place = cells.setdefault((row["size"], row["window"], row["device"], row["detector"], row["bias"]), {})
+            place.setdefault(row["training"], []).append(row)
+        lines = ["| detector | px | relative bias | parameters | training MB | training s | inference s |", "|---|---|---|---|---|---|---|"]
+        for (size, _, _, name, bias), both in cells.items():
+            train, test = both.get(True, [{}]), both.get(False, [{}])
+            lines.append(f"| {name} | {size} | {'yes' if bias else 'no'} | {show(median(train, 'params'), ',.0f')} | {show(median(train, 'peak_mb'), ',.0f')} | "
+                         f"{show(median(train, 'seconds'), '.2f')} | {show(median(test, 'seconds'), '.2f')} |")
+        return "\n".join(lines)
     for row in rows:
-        cells.setdefault((row["size"], row["bias"], row["fused"], row["checkpointing"]), {})[row["blocks"]] = row
-
-    def show(values, form):
-        ratio = f"{values[-1] / values[1]:.2f}" if None not in values[1:] else "-"
-        return [format(value, form) if value is not None else "does not fit" if form == ",.0f" else "-" for value in values] + [ratio]
-
-    for (size, bias, fused, checkpointing), row in cells.items():
-        memory, seconds = ([row[name].get(key) for name in BLOCKS] for key in ("peak_mb", "seconds"))
+        place = cells.setdefault((row["model"], row["window"], row["device"], row["size"], row["bias"], row["fused"], row["checkpointing"]), {})
+        place.setdefault(row["blocks"], []).append(row)
+    heads = " | ".join(f"{name}, {unit}" if name else "global / hybrid" for unit in ("MB", "s") for name in [*BLOCKS, ""])
+    lines = [f"| px | bias | attention | recompute | {heads} |", "|" + "---|" * 12]
+    for (*_, size, bias, fused, checkpointing), row in cells.items():
         words = [str(size), "yes" if bias else "no", "fused" if fused else "explicit", "yes" if checkpointing else "no"]
-        lines.append("| " + " | ".join(words + show(memory, ",.0f") + show(seconds, ".1f")) + " |")
+        for key, form in (("peak_mb", ",.0f"), ("seconds", ".1f")):
+            windows, hybrid, everywhere = (median(row.get(name, [{}]), key) for name in BLOCKS)
+            words += [show(value, form) for value in (windows, hybrid, everywhere)]
+            words.append("" if None in (hybrid, everywhere) else f"{everywhere / hybrid:.2f}")
+        lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines)
 
 

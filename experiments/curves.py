@@ -78,8 +78,13 @@ def main(argv=None):
         for name, *paths in flags.run:
             if not paths:
                 raise ValueError(f"--run {name!r} needs a name and at least one folder")
+        if len({name for name, *_ in flags.run}) < len(flags.run):
+            raise ValueError("two --run have the same name; give each its own")
         groups = {name: [read_curve(path, flags.key) for path in paths] for name, *paths in flags.run}
         rows = {name: summarize(curves) for name, curves in groups.items()}
+        for name, row in rows.items():
+            if not row:
+                raise ValueError(f"the runs of {name!r} have no step in common; they must differ in their seed only")
     except (ValueError, OSError) as error:
         print(f"curves.py: {error}; see --help", file=sys.stderr)
         sys.exit(2)

@@ -76,9 +76,9 @@ def beit(table="shared", grid=4, heads=2):
 
 
 @pytest.mark.parametrize("state, expected", [
-    (encoder() | decoder(), dict(img_size=(16, 16))),
-    (beit(), dict(img_size=(16, 16), pos_embed=None, rel_pos_bias="shared", layer_scale=0.1)),
-    (beit("block", grid=5), dict(img_size=(20, 20), pos_embed=None, rel_pos_bias="block", layer_scale=0.1)),
+    (encoder() | decoder(), dict(patch_size=4, img_size=(16, 16))),
+    (beit(), dict(patch_size=4, img_size=(16, 16), pos_embed=None, rel_pos_bias="shared", layer_scale=0.1)),
+    (beit("block", grid=5), dict(patch_size=4, img_size=(20, 20), pos_embed=None, rel_pos_bias="block", layer_scale=0.1)),
     ({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}, {})])
 def test_a_vit_built_with_a_files_options_takes_it_in_as_it_is(state, expected):
     options = encoder_options({"model": state})
@@ -89,7 +89,7 @@ def test_a_vit_built_with_a_files_options_takes_it_in_as_it_is(state, expected):
 
 
 def test_a_rectangles_own_checkpoint_tells_its_size():
-    assert encoder_options({"model": vit(img_size=(8, 24)).state_dict(), "args": {"img_size": [8, 24]}}) == dict(img_size=(8, 24))
+    assert encoder_options({"model": vit(img_size=(8, 24)).state_dict(), "args": {"img_size": [8, 24]}}) == dict(patch_size=4, img_size=(8, 24))
 
 
 def assert_same(state, other):

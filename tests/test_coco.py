@@ -187,12 +187,24 @@ def test_a_crowd_is_neither_hit_nor_miss(layout):
     (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 has no image"),
     (lambda c: c["images"][0].pop("height"), "a.jpg has no height"),
     (lambda c: c.pop("categories"), "no COCO annotation file"),
+    (lambda c: c.pop("annotations"), "no COCO annotation file"),
+    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "must be .x, y, width, height"),
 ])
 def test_a_broken_annotation_is_named(layout, change, words):
     with pytest.raises(ValueError, match=words) as error:
         source = CocoImages(layout(change))
         [Detections(source)[0, i] for i in range(len(source))]
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda c: c["annotations"][2].update(segmentation=[[]]), "neither polygons nor run lengths"), (lambda c: None, "cannot read")])
+def test_what_shows_when_a_sample_is_read_names_it(layout, change, words):
+    root = layout(change)
+    if words == "cannot read":
+        (root / "train2017" / "b.jpg").write_bytes(b"no picture")
+    with pytest.raises(ValueError, match=f"b.jpg.*{words}|{words}.*b.jpg"):
+        CocoImages(root).sample(0)
 
 
 def test_a_missing_annotation_file_is_named(tmp_path):

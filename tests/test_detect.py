@@ -227,6 +227,22 @@ def test_an_official_checkpoint_arrives_in_the_detector_value_by_value(layout):
         assert not any(table.any() for table in tables.values())
 
 
+def test_a_window_larger_than_the_map_keeps_beits_bias():
+    """At 4 x 4 tokens a window of 14 is the whole map: windowed and global blocks read the same, and all of it."""
+    encoder = vit(**encoder_options(official("beit")[0]), depth=8)
+    nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table)
+    pyramid = ViTPyramid(encoder, window_size=14)
+    assert torch.equal(pyramid.bias["window"](4, 4), pyramid.bias["global"](4, 4)) and pyramid.bias["window"].window == (4, 4)
+
+
+def test_a_vit_serves_one_pyramid():
+    encoder = vit()
+    with pytest.raises(ValueError, match="anchor_sizes has 2 levels"):
+        detector(encoder, anchor_sizes=[(8,), (16,)])
+    with pytest.raises(ValueError, match="already in a pyramid"):
+        detector(encoder)
+
+
 def test_the_pyramid_says_what_became_of_the_positions():
     file, _ = official("beit")
     pyramid = ViTPyramid(vit(**encoder_options(file), depth=8), window_size=4, img_size=(64, 96))

@@ -937,9 +937,50 @@ def test_the_training_images_alone_are_evaluated_where_asked_for(tmp_path, monke
     assert judged == [(16, first_of_shuffle(16, 5))] and log(tmp_path)[-1]["box_ap"] >= 0
 
 
-def test_jitter_can_be_turned_off():
+def test_jitter_can_be_turned_off_and_stays_off_when_the_run_is_resumed():
     coco = ["--task", "detect", "--data", "coco", "--model", "vit_demo"]
-    assert train.resolve(train.parse(coco)).jitter == [0.1, 2.0] and train.resolve(train.parse([*coco, "--jitter", "0", "0"])).jitter is None
+    assert train.resolve(train.parse(coco)).jitter == [0.1, 2.0]
+    off = train.resolve(train.parse([*coco, "--jitter", "0", "0"]))
+    assert off.jitter == [0, 0] and train.resolve({**vars(off), "resume": True}).jitter == [0, 0]
+
+
+def test_a_run_resumes_without_data_path_and_init_file(tmp_path, monkeypatch):
+    pytest.importorskip("pycocotools")
+    beit_file(tmp_path / "beit.pth")
+    start(f"{DETECT} --init {tmp_path / 'beit.pth'}", tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_at_save(patch, 1, True)
+        with pytest.raises(Killed):
+            start(f"{DETECT} --init {tmp_path / 'beit.pth'}", tmp_path / "run")
+    (tmp_path / "beit.pth").unlink()
+    start("--resume", tmp_path / "run")
+    assert_same_bits(checkpoint(tmp_path / "whole")["model"], checkpoint(tmp_path / "run")["model"])
+
+
+def test_detection_without_pycocotools_stops_before_it_trains(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "pycocotools", None)
+    with pytest.raises(SystemExit) as stopped:
+        start(DETECT, tmp_path / "run")
+    assert stopped.value.code == 2 and "pip install pycocotools" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("options, flags, words", [
+    (dict(patch_size=4), "", "add --patch-size 4"), (dict(), "--no-rel-pos", "--no-rel-pos has no place"),
+    (dict(), "--method mixmim --model vit_demo", "--method mixmim has no place"), (dict(rel_pos_bias="block"), "", "take the pre-trained file")])
+def test_a_beit_that_does_not_fit_the_flags_is_named(tmp_path, capsys, options, flags, words):
+    pytest.importorskip("pycocotools")
+    sizes = dict(img_size=32, patch_size=8, depth=4, embed_dim=32, num_heads=2, num_classes=0)
+    model = create_vit("vit_demo", **{**sizes, "pos_embed": None, "rel_pos_bias": "shared", "layer_scale": 0.1, **options})
+    torch.save({"model": model.state_dict()}, tmp_path / "beit.pth")
+    with pytest.raises(SystemExit) as stopped:
+        start(f"{DETECT} --patch-size 8 {flags} --init {tmp_path / 'beit.pth'}", tmp_path / "run")
+    assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_detector_is_no_start(detected, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        start(f"{DETECT} --init {detected / 'checkpoint.pt'}", tmp_path / "run")
+    assert "of a detector or a segmentation network" in capsys.readouterr().err
 
 
 def test_class_agnostic_detection_has_one_class(tmp_path):
