@@ -1009,6 +1009,80 @@ def test_detection_spares_positions_and_norms_from_decay():
     assert "roi_heads.box_predictor.cls_score.weight" not in spared
 
 
+# ---------------------------------------------------------------------------- segmentation
+
+
+SEGMENT = "--task segment --data-size 16 --epochs 2 --batch-size 4 --img-size 48 --depth 4 --embed-dim 32 --num-heads 2 --channels 16"
+
+
+@pytest.fixture(scope="module")
+def segmented(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("segmented")
+    start(SEGMENT, folder)
+    return folder
+
+
+def test_segmentation_leaves_mean_iou_and_pictures_and_its_figures_are_those_of_the_saved_model(segmented):
+    args = train.resolve(train.parse(SEGMENT.split()))
+    model = train.build_model(args, 11)
+    model.load_state_dict(checkpoint(segmented)["model"])
+    data = train.Segmentations(train.open_scenes(args, train=False), (48, 48), False)
+    loader = train.make_loader(data, train.EvalBatches(4, 3), 0, torch.device("cpu"))
+    figures = train.evaluate_segmentation(model, loader, data.source.classes, args, train.World("cpu"), train.nullcontext())
+    assert set(figures) == {"miou", "pixel_acc"} and (segmented / "segments.png").exists()
+    for key, value in figures.items():  # in batches of another size
+        assert log(segmented)[-1][key] == pytest.approx(value, abs=1e-3)
+
+
+def test_segmentation_killed_and_resumed_ends_with_the_same_bits(segmented, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        kill_at_save(patch, 1, True)
+        with pytest.raises(Killed):
+            start(SEGMENT, tmp_path)
+    start("--resume", tmp_path)
+    assert_same_bits(checkpoint(segmented)["model"], checkpoint(tmp_path)["model"])
+
+
+@pytest.mark.parametrize("model", ["--model mixmim_demo --layer-decay 0.7", "--model resnet18 --img-size 64", "--optimizer sam --pyramid simple --norm layer --jitter 0.5 2",
+                                   "--global-blocks quarters --window-size 3 --slide 32 16 --eval-flip --checkpointing --ema 0.9 --eval-train --train-images 5"])
+def test_other_segmenters_train_a_step(tmp_path, model):
+    small = "--img-size 48 --depth 4 --embed-dim 32 --num-heads 2" if "--model" not in model else ""
+    start(f"--task segment --data-size 8 --epochs 1 --batch-size 4 {small} {model}", tmp_path)
+    assert math.isfinite(log(tmp_path)[-1]["train_loss"]) and 0 <= log(tmp_path)[-1]["miou"] <= 100
+
+
+def test_segmentation_starts_from_an_encoder_pretrained_at_another_size(tmp_path, capsys):
+    sizes = "--embed-dim 32 --depth 4 --num-heads 2 --patch-size 8"
+    start(f"--task pretrain --segments 2 {sizes} --img-size 32 --data-size 32 --batch-size 8 --epochs 1", tmp_path / "pre")
+    start(f"--task segment --data-size 8 --batch-size 4 --epochs 1 --img-size 48 {sizes} --init {tmp_path / 'pre' / 'checkpoint.pt'}", tmp_path / "run")
+    assert re.search(r"absolute table +4x4 +-> resized to 6x6, trains", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("layout", ["ade20k", "coco"])
+def test_folders_of_masks_are_trained_on_with_images_of_different_sizes(tmp_path, layout):
+    images, masks = {"ade20k": ("images/{}", "annotations/{}"), "coco": ("{}", "semantic_{}")}[layout]
+    for split in ("training", "validation") if layout == "ade20k" else ("train2017", "val2017"):
+        for k, size in enumerate([(40, 60), (60, 40), (50, 50), (33, 70)]):
+            for folder, content in ((images, torch.rand(3, *size)), (masks, torch.randint(0, 3, (1, *size), dtype=torch.uint8))):
+                (tmp_path / folder.format(split)).mkdir(parents=True, exist_ok=True)
+                to_pil_image(content).save(tmp_path / folder.format(split) / f"{k}.{'jpg' if len(content) == 3 else 'png'}")
+    if layout == "coco":
+        (tmp_path / "annotations").mkdir()
+        (tmp_path / "annotations" / "semantic_categories.json").write_text(json.dumps({"categories": [
+            dict(id=k + 1, name=f"thing {k}", train_id=k) for k in range(2)]}))
+    start(f"{SEGMENT} --epochs 1 --data {layout} --data-path {tmp_path}", tmp_path / "run")
+    assert 0 <= log(tmp_path / "run")[-1]["miou"] <= 100 and (tmp_path / "run" / "segments.png").exists()
+
+
+def test_layer_decay_reaches_the_blocks_inside_a_pyramid():
+    args = train.resolve(train.parse([*SEGMENT.split(), "--layer-decay", "0.5"]))
+    model = train.build_model(args, 11)
+    names = {param: name for name, param in model.named_parameters()}
+    scale = {names[p]: group["lr_scale"] for group in train.param_groups(model, args) for p in group["params"]}
+    assert scale["pyramid.vit.patch_embed.proj.weight"] == 0.5**5 and scale["pyramid.vit.blocks.3.mlp.fc1.weight"] == 0.5
+    assert scale["conv_seg.1.weight"] == scale["ppm.bottleneck.0.weight"] == scale["pyramid.scales.1.weight"] == 1.0
+
+
 # ---------------------------------------------------------------------------- dry runs and recipes
 
 
@@ -1216,7 +1290,15 @@ BAD = [  # flags, a word of the message
     (f"{DETECT} --depth 6", "quarters"),
     ("--task detect --model resnet18 --pyramid single", "a plain ViT"),
     ("--task detect --model resnet20 --dry-run", "resnet18"),
-    (f"{CLASSIFY} --pyramid simple", "--task detect"),
+    (f"{CLASSIFY} --pyramid simple", "--task detect or segment"),
+    ("--task segment --data cifar10 --data-path empty", "no label for every pixel"),
+    ("--task segment --data ade20k", "needs --data-path"),
+    ("--task segment --data ade20k --data-path empty", "images/training"),
+    ("--task segment --slide 16 32", "must be window and step"),
+    ("--task segment --class-agnostic", "--task detect"),
+    ("--task detect --eval-flip", "--task segment"),
+    ("--task segment --stats", "--task classify"),
+    (f"{CLASSIFY} --data ade20k --data-path empty", "--task segment"),
     (f"{CLASSIFY} --data coco --data-path empty", "--task detect"),
     ("--task pretrain --model resnet18", "--task classify"),
     ("--task classify --model resnet50 --depth 3", "a ViT or a Mixer"),
