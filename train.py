@@ -992,6 +992,10 @@ def run(args, world, folder, stop, command, home=None):
                                    args.method == "mirl" or not args.raw_pixels).item()
         say(f"  predicting the mean of each hidden patch scores {baseline:.3f}: a model that learns is below")
     elif dense:
+        size = "x".join(map(str, args.img_size))
+        judged_by = "windows of {}, step {}".format(*args.slide) if args.slide else "the whole"
+        say("  images: " + (f"fitted into {size} and padded, by the detector itself" if detecting else
+                            f"crops of {size}; evaluated with a shorter side of {min(args.img_size)}, by {judged_by}"))
         for what, before, now in (model.backbone if detecting else model).pyramid.positions:
             say(f"  positions: {what:26} {before:12} -> {now}" + ("" if args.init or before == "none" else " (random start: a fresh sin-cos table)"))
     else:

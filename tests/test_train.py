@@ -1431,6 +1431,7 @@ JOBS = {
     "resnet": f"--task classify --model resnet8 --data-size 84 --epochs 1 --optimizer sam --base-optimizer sgd {FLAT} --eval-pgd --eval-corruptions",
     "supcon": f"--task classify --loss supcon {FEW}",
     "detect": "--task detect --img-size 48 --depth 4 --embed-dim 32 --num-heads 2 --data-size 84 --epochs 1 --lr 1e-3",
+    "segment": "--task segment --img-size 48 --depth 4 --embed-dim 32 --num-heads 2 --channels 16 --data-size 84 --epochs 1 --lr 1e-3",
     "default": f"--segments 2 {MODEL} --data-size 512 --epochs 1 --accum 2 --blr 0.004",
 }
 
@@ -1494,6 +1495,17 @@ def test_two_processes_evaluate_detection_exactly_as_one(two_processes):
     scenes = train.Detections(train.open_scenes(args, train=False))  # 21 scenes
     loader = train.make_loader(scenes, train.EvalBatches(21, 8), 0, torch.device("cpu"), train.as_lists)
     figures = train.evaluate_detection(model, loader, scenes, train.World("cpu"), train.nullcontext())
+    assert {key: float(f"{value:.6g}") for key, value in figures.items()} == {key: last[key] for key in figures}
+
+
+def test_two_processes_count_a_segmentation_exactly_as_one(two_processes):
+    last, saved = log(two_processes[0] / "segment")[-1], checkpoint(two_processes[0] / "segment")
+    args = train.resolve(train.parse(JOBS["segment"].split()))
+    model = train.build_model(args, 11)
+    model.load_state_dict(saved["model"])
+    data = train.Segmentations(train.open_scenes(args, train=False), (48, 48), False)  # 21 scenes
+    loader = train.make_loader(data, train.EvalBatches(21, 5), 0, torch.device("cpu"))
+    figures = train.evaluate_segmentation(model, loader, data.source.classes, args, train.World("cpu"), train.nullcontext())
     assert {key: float(f"{value:.6g}") for key, value in figures.items()} == {key: last[key] for key in figures}
 
 
