@@ -151,8 +151,9 @@ class ViTPyramid(nn.Module):
             raise ValueError(f"window_size {window_size} must be a number of tokens or (rows, columns), at least 1")
         if all(isinstance(norm, nn.Identity) for norm in (vit.norm, vit.fc_norm)):
             raise ValueError("this vit is already in a pyramid, which took its norm and tables over; build it anew")
-        if depth % 4 and (pyramid == "taps" or global_blocks == "quarters"):
-            raise ValueError(f"depth {depth} has no quarters; take a multiple of 4, or pyramid='simple' and global_blocks as a list")
+        for option, value, others in (("pyramid", pyramid, "'simple'"), ("global_blocks", global_blocks, "'all', 'none' or a list")):
+            if depth % 4 and value in ("taps", "quarters"):
+                raise ValueError(f"depth {depth} has no quarters for {option}={value!r}; take {option}={others}, or a depth that is a multiple of 4")
         if pyramid not in ("taps", "simple", "single"):
             raise ValueError(f"pyramid {pyramid!r} is unknown; choose 'taps', 'simple' or 'single'")
         quarters = [depth * k // 4 - 1 for k in (1, 2, 3, 4)]

@@ -12,7 +12,7 @@ side by side, conv1 and conv3 are convolutions with norm and ReLU, up is bilinea
 The second term of (4) is a helper: a short way from the labels to the encoder, not computed after training.
 What counts is intersection over union. With n_ij the pixels of class i that were called j, over the whole set,
 
-    IoU_i = n_ii / (sum_j n_ij + sum_j n_ji - n_ii),  mIoU = their mean over the classes that occur       (5)
+    IoU_i = n_ii / (sum_j n_ij + sum_j n_ji - n_ii),  mIoU = their mean over classes that occur or were predicted (5)
 
 These counts add up: over batches, over processes, in any order, to the same integers.
 
@@ -58,17 +58,18 @@ class PyramidPooling(nn.Module):
 
     def __init__(self, dim, channels, norm):
         super().__init__()
-        # a 1 x 1 map has one number per channel, and 32 groups would leave next to nothing of it: one group here
+        # a map as small as 1 x 1 has one number per channel, and 32 groups would leave next to nothing of it: one group here
         pooled_norm = partial(nn.GroupNorm, 1) if norm == "group" else NORMS[norm]
         self.branches = nn.ModuleList(conv(dim, channels, 1, pooled_norm) for _ in POOL_SCALES)
-        self.bottleneck = conv(dim + len(POOL_SCALES) * channels, channels, 3, NORMS[norm])
+        self.bottleneck = conv(dim + len(POOL_SCALES) * channels, channels, 3, pooled_norm)
 
     def forward(self, x):
         norm = self.branches[0][1]
         if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):  # the synchronised one is another class, and sees more
             raise ValueError("norm 'batch' has nothing to average over in the 1 x 1 pooled map of a batch of one; train with batches of at least 2, "
                              "convert_sync_batchnorm over several processes, or norm='group'")
-        pooled = [branch(F.adaptive_avg_pool2d(x, scale)) for scale, branch in zip(POOL_SCALES, self.branches, strict=True)]
+        seen = x.cpu() if x.device.type == "mps" else x  # MPS pools into parts that divide the map only
+        pooled = [branch(F.adaptive_avg_pool2d(seen, scale).to(x.device)) for scale, branch in zip(POOL_SCALES, self.branches, strict=True)]
         return self.bottleneck(torch.cat([x, *(resize(p, x.shape[-2:]) for p in pooled)], dim=1))
 
 
@@ -144,6 +145,8 @@ class UperNet(nn.Module):
             return logits
         if tuple(labels.shape) != (len(images), *images.shape[-2:]):
             raise ValueError(f"labels {tuple(labels.shape)} must be (B, H, W) of the images {tuple(images.shape)}: one class number per pixel")
+        if labels.device.type == "cpu" and ((labels < 0) | (labels >= self.num_classes) & (labels != 255)).any():  # on a GPU it would have to wait
+            raise ValueError(f"labels reach from {labels.min()} to {labels.max()}, outside 0..{self.num_classes - 1}; map the ids, 255 marks pixels to ignore")
         main = pixel_loss(logits, labels.long())
         auxiliary = pixel_loss(self.auxiliary_head(maps[self.aux_level]).float(), labels.long())
         return Segmented(main + self.aux_weight * auxiliary, main, auxiliary, logits)  # (4)
@@ -235,7 +238,7 @@ def mean_iou(confusion):
 
 @torch.no_grad()
 def segment_evaluate(model, loader, num_classes, device="cpu", window=None, stride=None, flip=False, progress=False):
-    """mean_iou over a loader, the same in every process and for any number of them.
+    """mean_iou over a loader, the same in every process, and for any number of them up to rounding of the logits: only counts are added.
 
     model   images (B, C, H, W) -> logits (B, num_classes, H, W); stride of `whole` where it has one
     loader  batches (images, labels), stacked, or lists of (C, H, W) and (h, w) where sizes differ: each process its own share, every

@@ -27,6 +27,7 @@ from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, seeded
 from shapes import Shapes
 
 IGNORE = 255
+DISTORTIONS = dict(brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05))
 
 
 class SemanticFolder:
@@ -157,7 +158,8 @@ class Segmentations(Dataset):
     mean, std per channel in [0, 1]; default the source's
 
     Sizes and factors are mmsegmentation's for ADE20K. We leave out its retry of crops that are more than 75 % one class, and distort
-    before cropping, so that padding stays exactly zero. torchvision's distortion now and then swaps colour channels, mmsegmentation's never.
+    before cropping, so that padding stays exactly zero. Colours are distorted by torchvision's ColorJitter, each kind in half of the images;
+    its RandomPhotometricDistort would also swap channels, which mmsegmentation does not.
     """
 
     def __init__(self, source, img_size, train, mean=None, std=None, seed=0, indices=None, scale_range=(0.5, 2.0)):
@@ -166,13 +168,13 @@ class Segmentations(Dataset):
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         low, high = (round(min(size) * scale) for scale in scale_range)
         if not 1 <= low <= high:
-            raise ValueError(f"scale_range {scale_range} must be two factors above 0, the smaller first; try (0.5, 2.0)")
+            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at least a pixel of {min(size)}; try (0.5, 2.0)")
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
         self.transform = v2.Compose([
-            v2.RandomPhotometricDistort(), v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True), to_float,
+            *(v2.RandomApply([v2.ColorJitter(**{kind: reach})]) for kind, reach in DISTORTIONS.items()), v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True), to_float,
             v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: list(mean), tv_tensors.Mask: IGNORE}), v2.RandomHorizontalFlip(),
-            normalize]) if train else v2.Compose([v2.Resize(min(size), max_size=4 * min(size), antialias=True), to_float, normalize])
+            normalize]) if train else v2.Compose([v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True), to_float, normalize])
 
     def __len__(self):
         return len(self.indices)

@@ -142,7 +142,7 @@ def parse(argv=None):
     flag("--img-size", "one number or H W", type=int, nargs="+")
     for name in ("patch-size", "embed-dim", "depth", "num-heads"):
         flag(f"--{name}", "overrides the preset", type=int)
-    flag("--window-size", "overrides the preset of mixmim.py, one per stage; detect, segment: one number, default 14 tokens", type=int, nargs="+")
+    flag("--window-size", "overrides the preset of mixmim.py, one per stage; a ViT with --global-blocks quarters or none: one number, default 14 tokens", type=int, nargs="+")
     flag("--pyramid", "detect, segment: maps after each quarter, four scales of the last map, or the last map alone", choices=("taps", "simple", "single"))
     flag("--global-blocks", "detect, segment: which blocks of a ViT see the whole map", choices=("quarters", "all", "none"))
     flag("--no-rel-pos", "detect: no relative position bias; segment has none but BEiT's", **switch)
@@ -151,7 +151,7 @@ def parse(argv=None):
     flag("--channels", "segment: width of the head; default 64, with --heads full 512", type=int)
     flag("--slide", "segment: evaluate by windows of so many pixels, at steps of so many; default the whole image", type=int, nargs=2)
     flag("--eval-flip", "segment: evaluate image and mirror image together", **switch)
-    flag("--jitter", "detect, segment: range of scales, 0 0 for none; default none for shapes, detect 0.1 2, segment 0.5 2", type=float, nargs=2)
+    flag("--jitter", "detect, segment: range of scales; 0 0 for no augmentation at all (segment: shapes only); default none for shapes, detect 0.1 2, segment 0.5 2", type=float, nargs=2)
     flag("--class-agnostic", "detect: every object is of one class", **switch)
     flag("--eval-train", "detect, segment: evaluate on the training images; can it learn them by heart?", **switch)
     flag("--shift", "hierarchical encoder: shift every other block's windows, as Swin does", **switch)
@@ -258,6 +258,8 @@ def resolve(given):
             idle |= dict.fromkeys(("pyramid", "global_blocks", "no_rel_pos"), "a plain ViT")
         idle |= dict.fromkeys(("loss", "adversarial", "eval_corruptions", "eval_pgd", "mixup", "cutmix", "label_smoothing", "pool",
                                "augment", "stats", "skip_bad"), "--task classify")
+        if resnet or not hierarchical and args.global_blocks == "all":
+            idle["window_size"] = "a hierarchical --model or --global-blocks quarters or none"
     for task, keys in {"detect": ("no_rel_pos", "class_agnostic"), "segment": ("channels", "slide", "eval_flip")}.items():
         if args.task != task:
             idle |= dict.fromkeys(keys, f"--task {task}")
@@ -276,7 +278,7 @@ def resolve(given):
     if resnet:
         idle |= dict.fromkeys(("patch_size", "embed_dim", "depth", "drop_path", "layer_decay"), "a ViT or a Mixer")
     for key, place in idle.items():  # nothing that was asked for is silently ignored
-        if key in given and given[key] != DEFAULTS["all"][key]:
+        if key in given and given[key] not in (DEFAULTS["all"][key], defaults[key]):
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
     for key in ("batch_size", "accum", "epochs", "eval_every", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
                 "decoder_embed_dim", "decoder_num_heads", "train_images", "channels"):
@@ -362,6 +364,10 @@ def check_dense(args, mixer):
         raise ValueError(f"--img-size {args.img_size} must be one number for --task detect: images are padded to a square")
     if args.window_size is not None and is_vit(args) and len(args.window_size) != 1:
         raise ValueError(f"--window-size {args.window_size} must be one number for a plain ViT in --task {args.task}")
+    if not detecting and args.norm == "batch" and args.batch_size == 1 and os.environ.get("WORLD_SIZE", "1") == "1":
+        raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; take --norm group or at least 2")
+    if not detecting and args.jitter == [0, 0] and args.data != "shapes":
+        raise ValueError("--jitter 0 0 leaves images of different sizes, which do not stack; take --jitter 1 1 for crops without rescaling")
     if args.slide is not None and not 1 <= args.slide[1] <= args.slide[0]:
         raise ValueError(f"--slide {args.slide[0]} {args.slide[1]} must be window and step with 1 <= step <= window, such as 512 341")
     if args.channels is None and not detecting:
@@ -587,6 +593,7 @@ def make_objective(model, args, bare=None, mean=0.0, std=1.0):
     if args.task == "detect":
         return lambda images, targets: sum(model(images, targets).values())
     if args.task == "segment":
+        # a mean over the labelled pixels of this process's micro-batch: means of means, where those counts differ
         return lambda images, labels: model(images, labels).loss
     if args.loss == "supcon":
         return lambda views, labels, noise: model(views, labels).loss  # each process contrasts within its own images
@@ -1208,7 +1215,8 @@ def dry_run(args, world):
         if args.probe:
             model.eval()
         with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-            measured(batch, args.mask_ratio) if args.task == "pretrain" else measured(batch)
+            labels = [torch.zeros(count, *args.img_size, dtype=torch.long)] if segmenting else []
+            measured(batch, args.mask_ratio) if args.task == "pretrain" else measured(batch, *labels)
     macs = counter.get_total_flops() / 2 / count
     passes = 1 if args.probe else 4 if args.checkpointing else 3  # a backward pass costs two forward passes
     passes *= (1 + (args.optimizer == "sam")) * (1 + args.adversarial)  # an attack is a pass forward and back, to the pixels

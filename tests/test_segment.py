@@ -253,6 +253,11 @@ def test_bad_input_gets_one_sentence(make, words):
     assert "\n" not in str(error.value)
 
 
+def test_labels_out_of_range_are_named():
+    with pytest.raises(ValueError, match="outside 0..4"):
+        upernet()(torch.randn(2, 3, 64, 64), torch.full((2, 64, 64), 5))
+
+
 def test_bfloat16_gives_logits_in_float32_near_the_exact_ones():
     model, (images, labels) = upernet(norm="group").eval(), scenes(2)
     with torch.autocast("cpu", torch.bfloat16):

@@ -8,7 +8,7 @@ from PIL import Image
 from torchvision.transforms.functional import to_pil_image
 
 from data import as_lists
-from semantic import Segmentations, SemanticFolder, open_semantic
+from semantic import Segmentations, SemanticFolder, SemanticScenes, open_semantic
 from shapes import Shapes
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -154,7 +154,7 @@ def test_image_and_labels_stay_together_through_resizing_cropping_and_flipping()
     """Without colour distortion the image tells the label, but for the blur at edges."""
     data, flips = Segmentations(Coded(), 40, train=True, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)), set()
     compared = 0
-    data.transform.transforms.pop(0)  # the distortion
+    del data.transform.transforms[:4]  # the distortions
     for epoch in range(4):
         for i in range(6):
             image, labels = data[epoch, i]
@@ -204,6 +204,24 @@ def test_evaluation_leaves_labels_and_images_of_the_right_size_alone():
     assert Segmentations(Coded(20, 200), 20, train=False)[0, 0][0].shape == (3, 8, 80)  # the longer side at most four times
     images, maps = as_lists([data[0, 0], Segmentations(Coded(20, 30), 20, train=False)[0, 1]])
     assert [tuple(i.shape) for i in images] == [(3, 40, 60), (3, 20, 30)] and len(maps) == 2
+
+
+def test_colours_change_but_grey_stays_grey_and_channels_keep_their_order():
+    class Grey(Coded):
+        def sample(self, i):
+            image, labels = super().sample(i)
+            return torch.full_like(image, 100), labels
+
+    data = Segmentations(Grey(), 40, train=True, mean=(0.0,) * 3, std=(1.0,) * 3, scale_range=(1.0, 1.0))
+    pictures = torch.stack([data[0, i][0] for i in range(len(data))] + [data[1, i][0] for i in range(len(data))])
+    torch.testing.assert_close(pictures[:, 0], pictures[:, 1], atol=0.02, rtol=0)
+    assert len(pictures[:, 0, 20, 20].unique()) > 1
+
+
+def test_an_elongated_image_of_the_asked_size_is_left_alone():
+    source = SemanticScenes(1, (32, 160))
+    image, labels = Segmentations(source, (32, 160), train=False)[0, 0]
+    assert image.shape[1:] == labels.shape == (32, 160)
 
 
 def test_a_scale_range_the_wrong_way_round_is_refused():

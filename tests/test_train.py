@@ -1051,6 +1051,13 @@ def test_other_segmenters_train_a_step(tmp_path, model):
     assert math.isfinite(log(tmp_path)[-1]["train_loss"]) and 0 <= log(tmp_path)[-1]["miou"] <= 100
 
 
+@pytest.mark.parametrize("model", ["mixmim_demo", "resnet18"])
+def test_segmentation_with_other_encoders_resumes(tmp_path, model):
+    start(f"--task segment --model {model} --img-size 64 --channels 8 --data-size 4 --batch-size 4 --epochs 1", tmp_path)
+    start("--resume", tmp_path)
+    assert len([line for line in log(tmp_path) if "epoch" in line]) == 1
+
+
 def test_segmentation_starts_from_an_encoder_pretrained_at_another_size(tmp_path, capsys):
     sizes = "--embed-dim 32 --depth 4 --num-heads 2 --patch-size 8"
     start(f"--task pretrain --segments 2 {sizes} --img-size 32 --data-size 32 --batch-size 8 --epochs 1", tmp_path / "pre")
@@ -1296,6 +1303,11 @@ BAD = [  # flags, a word of the message
     ("--task segment --data ade20k --data-path empty", "images/training"),
     ("--task segment --slide 16 32", "must be window and step"),
     ("--task segment --class-agnostic", "--task detect"),
+    ("--task segment --window-size 7", "--global-blocks quarters or none"),
+    ("--task segment --model resnet18 --img-size 64 --window-size 7", "a hierarchical --model"),
+    ("--task segment --norm batch --batch-size 1", "--norm group"),
+    ("--task segment --data coco --data-path empty --jitter 0 0", "--jitter 1 1"),
+    ("--task segment --model vit_s54", "pyramid='simple'"),
     ("--task detect --eval-flip", "--task segment"),
     ("--task segment --stats", "--task classify"),
     (f"{CLASSIFY} --data ade20k --data-path empty", "--task segment"),
