@@ -711,7 +711,8 @@ def save_detections(path, model, data, device, shown=6, sure=0.5):
     from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
     def draw(image, boxes, masks, names, colour):
-        image = draw_segmentation_masks(image, masks, alpha=0.5) if len(masks) else image
+        colours = list(itertools.islice(itertools.cycle(("red", "lime", "blue", "orange", "magenta", "cyan")), len(masks)))  # the library's first is black
+        image = draw_segmentation_masks(image, masks, alpha=0.5, colors=colours) if len(masks) else image
         return draw_bounding_boxes(image, boxes, names, colors=colour, width=1) if len(boxes) else image
 
     model.eval()
