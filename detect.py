@@ -493,7 +493,7 @@ if __name__ == "__main__":
         boxes, labels = output["boxes"][sure], output["labels"][sure]
         hits = (box_iou(target["boxes"], boxes) > 0.5) & (target["labels"][:, None] == labels)
         right += hits.any(1).sum().item()
-        seen = draw_segmentation_masks(image, output["masks"][sure, 0] > 0.5, alpha=0.5) if sure.any() else image
+        seen = draw_segmentation_masks(image, output["masks"][sure, 0] > 0.5, alpha=0.5, colors="red") if sure.any() else image
         pictures += [draw_bounding_boxes(image, target["boxes"], colors="white"), draw_bounding_boxes(seen, boxes, colors="yellow")]
     print(f"found with the right class and IoU above 0.5: {right} of {there} (expect most of them)")
     save_image(F.interpolate(torch.stack(pictures), scale_factor=2), "detect_demo.png", nrow=8)

@@ -14,6 +14,7 @@ Needs: torch, torchvision, einops; detect.py, vit.py, resnet.py with what they n
 
 import argparse
 import json
+import math
 import os
 import platform
 import resource
@@ -158,13 +159,13 @@ def run(flags):
 
 
 def median(rows, key):
-    """Over the rounds; None where it did not fit."""
+    """Over the rounds; None where it did not fit, NaN where there are none."""
     values = [row.get(key) for row in rows]
-    return None if None in values else statistics.median(values)
+    return None if None in values else statistics.median(values) if values else math.nan
 
 
 def show(value, form):
-    return "does not fit" if value is None else format(value, form)
+    return "does not fit" if value is None else "" if math.isnan(value) else format(value, form)
 
 
 def table(rows):
@@ -178,7 +179,7 @@ def table(rows):
             place.setdefault(row["training"], []).append(row)
         lines = ["| detector | px | relative bias | parameters | training MB | training s | inference s |", "|---|---|---|---|---|---|---|"]
         for (size, _, _, name, bias), both in cells.items():
-            train, test = both.get(True, [{}]), both.get(False, [{}])
+            train, test = both.get(True, []), both.get(False, [])
             lines.append(f"| {name} | {size} | {'yes' if bias else 'no'} | {show(median(train, 'params'), ',.0f')} | {show(median(train, 'peak_mb'), ',.0f')} | "
                          f"{show(median(train, 'seconds'), '.2f')} | {show(median(test, 'seconds'), '.2f')} |")
         return "\n".join(lines)
@@ -187,12 +188,12 @@ def table(rows):
         place.setdefault(row["blocks"], []).append(row)
     heads = " | ".join(f"{name}, {unit}" if name else "global / hybrid" for unit in ("MB", "s") for name in [*BLOCKS, ""])
     lines = [f"| px | bias | attention | recompute | {heads} |", "|" + "---|" * 12]
-    for (*_, size, bias, fused, checkpointing), row in cells.items():
+    for (*_, size, bias, fused, checkpointing), row in sorted(cells.items()):
         words = [str(size), "yes" if bias else "no", "fused" if fused else "explicit", "yes" if checkpointing else "no"]
         for key, form in (("peak_mb", ",.0f"), ("seconds", ".1f")):
-            windows, hybrid, everywhere = (median(row.get(name, [{}]), key) for name in BLOCKS)
+            windows, hybrid, everywhere = (median(row.get(name, []), key) for name in BLOCKS)
             words += [show(value, form) for value in (windows, hybrid, everywhere)]
-            words.append("" if None in (hybrid, everywhere) else f"{everywhere / hybrid:.2f}")
+            words.append("" if None in (hybrid, everywhere) else show(everywhere / hybrid, ".2f"))
         lines.append("| " + " | ".join(words) + " |")
     return "\n".join(lines)
 

@@ -25,6 +25,7 @@ def test_the_table_takes_medians_over_rounds_and_ratios_to_the_hybrid(capsys):
     assert lines[2] == "| 64 | yes | explicit | no | 100 | 200 | 300 | 1.50 | 2.0 | 4.0 | 6.0 | 1.50 |"
     rows[-1] = {**SPEC, "blocks": "all global", "out_of_memory": True}
     assert "| 100 | 200 | does not fit |  |" in bench.table(rows)
+    assert bench.table(rows[:6]).splitlines()[2] == "| 64 | yes | explicit | no | 100 | 200 |  |  | 2.0 | 4.0 |  |  |"  # not measured
 
 
 def test_a_detector_that_does_not_fit_is_said_so_and_mixed_files_are_refused():
