@@ -1190,8 +1190,9 @@ def dry_run(args, world):
         source = Folder(args.data_path, train=True)
         images, num_classes = len(source), len(source.classes)
     images = args.train_images or images  # without either: ImageNet-1k
-    if args.init:
-        args.init_options, args.init = init_options(args, read_checkpoint(args.init)), None
+    if args.init and Path(args.init).exists():  # it may be written by a run yet to come
+        args.init_options = init_options(args, read_checkpoint(args.init))
+    args.init = None
     if args.class_agnostic:
         num_classes = 1
     with torch.device("meta"):
