@@ -34,9 +34,8 @@ from torchvision.ops import box_convert, masks_to_boxes
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, as_lists, seeded
+from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, seeded
 from detect import check_target, covered
-from shapes import Shapes
 
 
 def need_pycocotools():
@@ -76,8 +75,8 @@ class CocoImages:
             content = json.loads(file.read_text())
             names = {image["id"]: image["file_name"] for image in content["images"]}
             annotations = content["annotations"]
-            self.ids = [category["id"] for category in sorted(content["categories"], key=lambda c: c["id"])]
-            self.classes = [category["name"] for category in sorted(content["categories"], key=lambda c: c["id"])]
+            categories = sorted(content["categories"], key=lambda c: c["id"])
+            self.ids, self.classes = [category["id"] for category in categories], [category["name"] for category in categories]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{file} is no COCO annotation file with images, annotations and categories; restore it") from None
         for entry in content["images"]:
@@ -124,7 +123,7 @@ class CocoImages:
         entry = self.coco.imgs[self.image_ids[i]]
         if (entry["height"], entry["width"]) != (height, width):
             raise ValueError(f"{self.name(i)}: the annotations say {entry['height']}x{entry['width']}, the image is {height}x{width}; resize one of them")
-        things = [a for a in self.coco.imgToAnns[self.image_ids[i]] if not a.get("iscrowd", 0)]
+        things = [a for a in self.coco.imgToAnns[self.image_ids[i]] if not a["iscrowd"]]
         boxes = torch.tensor([a["bbox"] for a in things], dtype=torch.float32).view(-1, 4)
         boxes = box_convert(boxes, "xywh", "xyxy")
         slack = 1.0  # published boxes may reach a pixel's fraction beyond the image
@@ -149,22 +148,14 @@ class CocoImages:
         return self.coco
 
 
-class ShapeScenes:
+class ShapeScenes(Scenes):
     """The generated scenes of shapes.py with boxes and masks, in the same form."""
 
-    mean, std = Shapes.mean, Shapes.std
-
     def __init__(self, size, img_size, seed=0, train=True, class_agnostic=False):
-        self.shapes = Shapes(size, img_size, seed, train)
-        self.classes = ["object"] if class_agnostic else list(Shapes.classes)
+        super().__init__(size, img_size, seed, train)
+        self.classes = ["object"] if class_agnostic else list(self.shapes.classes)
         self.ids = list(range(1, len(self.classes) + 1))
         self.image_ids = list(range(size))
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def name(self, i):
-        return f"scene {i}"
 
     def sample(self, i):
         scene = self.shapes.scene(i)
@@ -239,7 +230,8 @@ class Detections(Dataset):
         epoch, index = key
         i = self.indices[index]
         image, target = self.source.sample(i)
-        check_target(image.float() / 255, target, len(self.source.classes), self.source.name(i))
+        pixels = image.float() / 255
+        check_target(pixels, target, len(self.source.classes), self.source.name(i))
         if self.jitter is not None:
             with seeded(self.seed, epoch, index):
                 image, masks = self.jitter(tv_tensors.Image(image), tv_tensors.Mask(target["masks"]))
@@ -249,8 +241,8 @@ class Detections(Dataset):
             boxes = masks_to_boxes(masks).float() if len(masks) else torch.zeros(0, 4)
             boxes[:, 2:] += 1  # the last pixel belongs to the box
             large = (boxes[:, 2:] - boxes[:, :2] >= 2).all(1)
-            target = dict(boxes=boxes[large], labels=labels[large], masks=masks[large])
-        return image.float() / 255, {**target, "image_id": self.source.image_ids[i]}
+            pixels, target = image.float() / 255, dict(boxes=boxes[large], labels=labels[large], masks=masks[large])
+        return pixels, {**target, "image_id": self.source.image_ids[i]}
 
 
 # ---------------------------------------------------------------------------- average precision

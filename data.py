@@ -275,6 +275,21 @@ class Folder(Dataset):
         return True
 
 
+class Scenes:
+    """The generated scenes of shapes.py, one by one: what the sets with boxes (coco.py) and with labelled pixels (semantic.py) share."""
+
+    mean, std = Shapes.mean, Shapes.std
+
+    def __init__(self, size, img_size, seed=0, train=True):
+        self.shapes = Shapes(size, img_size, seed, train)
+
+    def __len__(self):
+        return len(self.shapes)
+
+    def name(self, i):
+        return f"scene {i}"
+
+
 def open_source(name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False):
     """The image set `name` ("shapes", "cifar10", "cifar100", "folder"): len, [i] -> (uint8 image, label), classes, mean, std.
 

@@ -343,8 +343,8 @@ def vit_mask_rcnn(encoder, num_classes, img_size=1024, window_size=14, global_bl
                   aspect_ratios=(0.5, 1.0, 2.0), canonical_scale=224, image_mean=IMAGENET_MEAN, image_std=IMAGENET_STD, **options):
     """torchvision's MaskRCNN around an encoder. Lists of images (C, H, W) in [0, 1], targets as torchvision's.
 
-    encoder          a ViT, a HierarchicalViT, a ResNet, or a pyramid of this file, made with its own options. Build the ViT in the size it was pre-trained with and
-                     call load_pretrained on it first; its tables are resized here
+    encoder          a ViT, a HierarchicalViT, a ResNet, or a pyramid of this file, made with its own options. Build the ViT in the size
+                     it was pre-trained with and call load_pretrained on it first; its tables are resized here
     num_classes      without background; labels are 1..num_classes
     img_size         the longer side of an image becomes img_size, and the rest is padded to a square, in training and inference
     window_size, global_blocks, pyramid, rel_pos_bias, checkpointing   of ViTPyramid

@@ -23,7 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, seeded
+from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, Scenes, seeded
 from shapes import Shapes
 
 IGNORE = 255
@@ -122,19 +122,10 @@ class SemanticFolder:
         return image, labels.to(torch.uint8)
 
 
-class SemanticScenes:
+class SemanticScenes(Scenes):
     """The generated scenes of shapes.py in the same form; the background is class 0, and no pixel is ignored."""
 
-    mean, std, classes = Shapes.mean, Shapes.std, ["background", *Shapes.classes]
-
-    def __init__(self, size, img_size, seed=0, train=True):
-        self.shapes = Shapes(size, img_size, seed, train)
-
-    def __len__(self):
-        return len(self.shapes)
-
-    def name(self, i):
-        return f"scene {i}"
+    classes = ["background", *Shapes.classes]
 
     def sample(self, i):
         scene = self.shapes.scene(i)
@@ -171,10 +162,14 @@ class Segmentations(Dataset):
             raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at least a pixel of {min(size)}; try (0.5, 2.0)")
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
-        self.transform = v2.Compose([
-            *(v2.RandomApply([v2.ColorJitter(**{kind: reach})]) for kind, reach in DISTORTIONS.items()), v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True), to_float,
-            v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: list(mean), tv_tensors.Mask: IGNORE}), v2.RandomHorizontalFlip(),
-            normalize]) if train else v2.Compose([v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True), to_float, normalize])
+        if train:
+            self.transform = v2.Compose([
+                *(v2.RandomApply([v2.ColorJitter(**{kind: reach})]) for kind, reach in DISTORTIONS.items()),
+                v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True), to_float,
+                v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: list(mean), tv_tensors.Mask: IGNORE}),
+                v2.RandomHorizontalFlip(), normalize])
+        else:
+            self.transform = v2.Compose([v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True), to_float, normalize])
 
     def __len__(self):
         return len(self.indices)

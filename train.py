@@ -929,14 +929,15 @@ def run(args, world, folder, stop, command, home=None):
             some.cache(list(range(len(some))) if wanted is None else wanted, progress=main_rank)
         getattr(some, "images", None)  # shapes: draw a small set now, once, before loading processes copy it
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
+    # of detection and segmentation
+    scales, kept = None if args.jitter in (None, [0, 0]) else args.jitter, indices if args.eval_train else None
     if detecting:
         fill = [round(255 * value) for value in mean]  # what becomes zero by normalisation, with which the detector pads too
-        jitter = None if args.jitter in (None, [0, 0]) else large_scale_jitter(args.img_size[0], fill, args.jitter)
-        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=indices if args.eval_train else None)
+        jitter = scales and large_scale_jitter(args.img_size[0], fill, scales)
+        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=kept)
     elif segmenting:
-        size, kept = tuple(args.img_size), indices if args.eval_train else None
-        moved = args.jitter not in (None, [0, 0])
-        train_set = Segmentations(source, size, moved, seed=args.seed, indices=indices, scale_range=args.jitter if moved else (1.0, 1.0))
+        size = tuple(args.img_size)
+        train_set = Segmentations(source, size, scales is not None, seed=args.seed, indices=indices, scale_range=scales or (1.0, 1.0))
         val_set = Segmentations(val_source, size, False, indices=kept)
     else:
         noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
