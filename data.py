@@ -306,10 +306,10 @@ def open_source(name, path, train, img_size, size=4096, seed=0, download=False, 
     raise ValueError(f"data {name!r} is unknown; choose shapes, cifar10, cifar100 or folder")
 
 
-def first_of_shuffle(num_samples, count):
+def first_of_shuffle(num_samples, count, flag="train-images"):
     """The first `count` of one fixed shuffle, whatever the run's seed: nested subsets to compare on."""
     if not 1 <= count <= num_samples:
-        raise ValueError(f"train-images {count} must lie in 1..{num_samples}, the training images there are")
+        raise ValueError(f"{flag} {count} must lie in 1..{num_samples}, the images there are")
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))[:count].tolist()
 
 

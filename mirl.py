@@ -185,15 +185,16 @@ class MIRL(nn.Module):
 
         Normalised predictions need each patch's mean and std back. By default they are guessed from the
         visible neighbours; use_true_patch_statistics=True takes the true ones, which LEAK part of the answer.
+        pairing=False: a list of K pictures (B, C, H, W), shallow to deep.
         """
-        if not self.pairing:
-            raise ValueError("reconstruct shows pairs, but this model was built with pairing=False; unpatchify out.pred instead")
         out = self(imgs, mask_ratio, noise, mask)
         mean, std = patch_statistics(imgs, self.encoder.patch_size, out.mask, use_true_patch_statistics)
 
         def picture(patches):
             return unpatchify(patches, self.encoder.patch_size, self.encoder.grid_size)
 
+        if not self.pairing:
+            return [picture(pred.float() * std + mean) for pred in out.pred]
         rows = []
         for j in range(self.segments // 2):
             main, residual = out.pred[j].float(), out.pred[-1 - j].float()

@@ -74,9 +74,9 @@ RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
 DEFAULTS = {
     "all": dict(
         task=None, method="mirl", model="vit_demo", img_size=None, patch_size=None, embed_dim=None, depth=None, num_heads=None,
-        window_size=None, shift=False, segments=None, fill="mix", single=False, open_attention=False, mask_per_cycle=False,
+        window_size=None, shift=False, segments=None, no_pairing=False, fill="mix", single=False, open_attention=False, mask_per_cycle=False,
         decoder_embed_dim=None, decoder_depth=1, decoder_num_heads=None, raw_pixels=False, checkpointing=False,
-        data="shapes", data_path=None, data_size=4096, train_images=None, download=False, skip_bad=False, stats=False,
+        data="shapes", data_path=None, data_size=4096, train_images=None, val_images=None, download=False, skip_bad=False, stats=False,
         accum=1, lr=None, warmup_epochs=None, clip_grad=None, mask_ratio=0.75, optimizer="adamw", rho=None,
         adaptive=False, base_optimizer="adamw", seed=0, workers=None,
         init=None, output_dir=None, probe=False, pool="mean", compile=False, precision="auto", device="auto", dry_run=False,
@@ -102,7 +102,7 @@ DEFAULTS = {
 # flags that belong to one stage of the run without --task; its probes take their own defaults
 STAGE_FLAGS = ("epochs", "batch_size", "accum", "blr", "lr", "min_lr", "weight_decay", "beta2", "warmup_epochs", "clip_grad",
                "optimizer", "rho", "adaptive", "base_optimizer", "augment", "init", "layer_decay", "ema", "mixup", "cutmix", "drop_path",
-               "label_smoothing", "fill", "single", "open_attention", "mask_per_cycle")
+               "label_smoothing", "no_pairing", "fill", "single", "open_attention", "mask_per_cycle")
 FREE_AT_RESUME = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when resuming
 
 
@@ -159,6 +159,7 @@ def parse(argv=None):
     flag("--decoder-embed-dim", "default about two thirds of the encoder's width", type=int)
     flag("--decoder-depth", "blocks per decoder", type=int)
     flag("--decoder-num-heads", "default one per 32 channels", type=int)
+    flag("--no-pairing", "MIRL, a contrast: every segment predicts the whole image", **switch)
     flag("--fill", "MixMIM: what stands in the holes; mask, a learnt symbol, is a contrast", choices=("mix", "mask"))
     flag("--single", "MixMIM, a contrast: reconstruct one image of each mixture", **switch)
     flag("--open-attention", "MixMIM, a contrast: attend across the two images", **switch)
@@ -169,6 +170,7 @@ def parse(argv=None):
     flag("--data-path", "where it lies")
     flag("--data-size", "shapes: training scenes", type=int)
     flag("--train-images", "use the first N of a fixed shuffle; with --dry-run just the epoch's size", type=int)
+    flag("--val-images", "evaluate on the first N of a fixed shuffle", type=int)
     flag("--download", "let torchvision fetch CIFAR", **switch)
     flag("--skip-bad", "replace unreadable images instead of stopping", **switch)
     flag("--stats", "measure mean and std on the data instead of taking the set's own", **switch)
@@ -267,6 +269,10 @@ def resolve(given):
         idle |= dict.fromkeys(("fill", "single", "open_attention", "mask_per_cycle"), "--task pretrain --method mixmim")
     elif args.fill == "mask":
         idle |= dict.fromkeys(("single", "open_attention"), "--fill mix")
+    if args.task != "pretrain" or args.method != "mirl":
+        idle["no_pairing"] = "--task pretrain --method mirl"
+    if args.eval_train:
+        idle["val_images"] = "a validation set, not --eval-train,"
     if args.optimizer != "sam":
         idle |= dict.fromkeys(("rho", "adaptive", "base_optimizer"), "--optimizer sam")
     if hierarchical:
@@ -281,7 +287,7 @@ def resolve(given):
         if key in given and given[key] not in (DEFAULTS["all"][key], defaults[key]):
             raise ValueError(f"--{key.replace('_', '-')} acts with {place} only; drop it")
     for key in ("batch_size", "accum", "epochs", "eval_every", "data_size", "patch_size", "embed_dim", "depth", "num_heads", "segments", "decoder_depth",
-                "decoder_embed_dim", "decoder_num_heads", "train_images", "channels"):
+                "decoder_embed_dim", "decoder_num_heads", "train_images", "val_images", "channels"):
         if getattr(args, key) is not None and getattr(args, key) < 1:
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} must be at least 1")
     if args.optimizer == "sam" and args.rho is None:
@@ -456,7 +462,7 @@ def build_model(args, num_classes, main_rank=False, resumed=False):
         decoder = dict(decoder_embed_dim=args.decoder_embed_dim, decoder_depth=args.decoder_depth,
                        decoder_num_heads=args.decoder_num_heads)
         if args.method == "mirl":
-            return MIRL(encoder, args.segments, **decoder)
+            return MIRL(encoder, args.segments, pairing=not args.no_pairing, **decoder)
         if args.method == "mixmim":
             return MixMIM(encoder, norm_pix_loss=not args.raw_pixels, mask_per_cycle=args.mask_per_cycle, fill=args.fill,
                           dual=not args.single, masked_attention=not args.open_attention, **decoder)
@@ -833,7 +839,10 @@ def save_pictures(path, model, data, args, mean, std, device, shown=6, behind=8)
         b = out.partner
         columns = {"image A: all true pixels": images, "image B, its partner: all true pixels": images[b],
                    "mixture, the model's view": paste(images, images[b], out.mask, patch)}
-    if args.method == "mirl":
+    if args.method == "mirl" and not model.pairing:
+        first, *_, whole = model.reconstruct(images, args.mask_ratio, noise)
+        columns["first segment: no true pixels"], columns["last segment: no true pixels"] = hidden_only(first), hidden_only(whole)
+    elif args.method == "mirl":
         main, residual, whole = model.reconstruct(images, args.mask_ratio, noise, center=True)[0]
         columns["main, first segment: no true pixels"] = hidden_only(main)
         columns["residual, last segment: grey is zero"] = hidden_only(residual + grey)
@@ -920,32 +929,37 @@ def run(args, world, folder, stop, command, home=None):
         raise ValueError(f"the classes of train and val differ: {len(source.classes)} against {len(val_source.classes)}, or other names")
     mixing = args.task == "pretrain" and args.method == "mixmim" and args.fill == "mix"
     comparing = mixing or args.loss == "supcon"
-    if comparing and val_source is not None and len(val_source) < 2 * world.size:
-        raise ValueError(f"the validation set has {len(val_source)} images for {world.size} processes, but each needs two, to mix or compare them; "
-                         "add images" + (" or leave the set out" if mixing else ""))
     indices = list(range(len(source))) if args.train_images is None else first_of_shuffle(len(source), args.train_images)
-    for some, wanted in ((source, indices), (val_source, None)):
+    val_indices = None if val_source is None else list(range(len(val_source)))
+    if args.eval_train:
+        val_indices = indices
+    elif args.val_images is not None and val_indices is not None:
+        val_indices = first_of_shuffle(len(val_source), args.val_images, "val-images")
+    elif args.loss == "supcon" and val_indices is not None:  # folders come sorted by class, but supcon compares within a batch
+        val_indices = first_of_shuffle(len(val_source), len(val_source))
+    if comparing and val_source is not None and len(val_indices) < 2 * world.size:
+        raise ValueError(f"the validation set has {len(val_indices)} images for {world.size} processes, but each needs two, to mix or compare them; "
+                         "add images" + (" or leave the set out" if mixing else ""))
+    for some, wanted in ((source, indices), (val_source, val_indices)):
         if isinstance(some, Folder):
-            some.cache(list(range(len(some))) if wanted is None else wanted, progress=main_rank)
+            some.cache(wanted, progress=main_rank)
         getattr(some, "images", None)  # shapes: draw a small set now, once, before loading processes copy it
     mean, std = channel_statistics(source) if args.stats else (source.mean, source.std)
     # of detection and segmentation
-    scales, kept = None if args.jitter in (None, [0, 0]) else args.jitter, indices if args.eval_train else None
+    scales = None if args.jitter in (None, [0, 0]) else args.jitter
     if detecting:
         fill = [round(255 * value) for value in mean]  # what becomes zero by normalisation, with which the detector pads too
         jitter = scales and large_scale_jitter(args.img_size[0], fill, scales)
-        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=kept)
+        train_set, val_set = Detections(source, jitter, args.seed, indices), Detections(val_source, indices=val_indices)
     elif segmenting:
         size = tuple(args.img_size)
         train_set = Segmentations(source, size, scales is not None, seed=args.seed, indices=indices, scale_range=scales or (1.0, 1.0))
-        val_set = Segmentations(val_source, size, False, indices=kept)
+        val_set = Segmentations(val_source, size, False, indices=val_indices)
     else:
         noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
         train_set = Images(source, augmentation(args.augment, args.img_size, mean, std), args.seed, indices, noise_size,
                            views=2 if args.loss == "supcon" else 1)
         plain = augmentation("none", args.img_size, mean, std)
-        # folders come sorted by class, but supcon compares within a batch
-        val_indices = first_of_shuffle(len(val_source), len(val_source)) if args.loss == "supcon" else None
         val_set = None if val_source is None else Images(val_source, plain, args.seed, val_indices, noise_size)
     workers = args.workers if args.workers is not None else min(8, os.cpu_count() or 1) if device.type == "cuda" else 0
 

@@ -1,0 +1,298 @@
+"""Lab: training runs as measurements. Trained once, remembered, compared seed by seed, judged by a rule fixed before.
+
+A claim has arms, each a function that trains with train.py and returns {figure: number}. All arms meet the same seeds, and
+with a seed the same images and the same initial weights where sizes allow; so a statement about them is judged by its
+paired effects e_1 .. e_n, one per seed, with the sign the paper expects:
+
+    interval = mean(e) ± t sd(e) / sqrt(n)        t: 95 % of Student's t with n - 1 degrees of freedom        (1)
+
+    agrees             the interval lies above zero
+    opposite           it lies below zero
+    not seen           it rules out an effect as large as `worth`, the smallest that would matter
+    too noisy to say   anything else, and always with one seed
+
+A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted one
+goes on where it stopped. Every arm and seed becomes a line of JSON as soon as it is measured.
+
+Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with all it needs.
+"""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Callable, NamedTuple
+
+import torch
+import torchvision
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
+
+import train
+from checkpoints import read_checkpoint
+
+STUDENT = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # one-sided 95 %, by degrees of freedom
+
+
+class Statement(NamedTuple):
+    """What the paper says, as a number that it expects above zero."""
+
+    text: str
+    effect: Callable  # {arm: figures} of one seed -> number
+    unit: str = "points"
+    worth: float = 1.0  # smaller effects would not matter
+
+
+class Claim(NamedTuple):
+    paper: str
+    says: str  # the paper's claim, a sentence
+    arms: dict  # name -> function() -> {figure: number}; figures named "curve ..." are lists of (x, y)
+    statements: list
+    shown: tuple = ()  # the figures of the plot; default all numbers, the first four
+    axes: tuple = ("", "")  # of the curves
+
+
+class Run(NamedTuple):
+    folder: Path
+    last: dict  # the last epoch's line of the log
+    seconds: float  # of training, without evaluations
+
+    @property
+    def checkpoint(self):
+        return self.folder / "checkpoint.pt"
+
+    def curve(self, key):
+        """[(step, value)] of the epochs that were evaluated."""
+        lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
+        return [(line["step"], line[key]) for line in lines if "epoch" in line and line.get(key) is not None]
+
+
+class Lab:
+    """One seed of a claim: trains what its arms ask for.
+
+    data    "shapes", or a folder of images (train/ and val/ or test/, a folder per class)
+    budget  minutes per claim and seed on two cores for which the lengths of runs were chosen; they scale with it
+    tiny    sizes for a test: nothing is learnt
+    """
+
+    def __init__(self, folder, data="shapes", seed=0, budget=10.0, tiny=False, say=print):
+        self.folder, self.data, self.seed, self.budget, self.tiny, self.say = Path(folder), str(data), seed, budget, tiny, say
+        self.commands = []  # of the arm being measured
+
+    def pick(self, usual, tiny):
+        return tiny if self.tiny else usual
+
+    def epochs(self, usual):
+        """So many in the default budget, in proportion in another, at least one."""
+        return 1 if self.tiny else max(1, round(usual * self.budget / 10))
+
+    def images(self, count, val=2000):
+        """Flags for `count` training images."""
+        if self.data == "shapes":
+            return dict(data="shapes", data_size=self.pick(count, min(count, 48)))
+        return dict(data="folder", data_path=self.data, train_images=self.pick(count, min(count, 48)), val_images=self.pick(val, 24))
+
+    def train(self, **flags):
+        """A run of train.py with these flags, or the finished one that is there -> Run."""
+        flags = {"seed": self.seed, "eval_every": 10_000, **flags}
+        name = hashlib.sha256(json.dumps(sorted((key, str(value)) for key, value in flags.items())).encode()).hexdigest()[:10]
+        kind = "-".join(str(flags[key]) for key in ("task", "method", "model", "optimizer") if flags.get(key))
+        folder = self.folder / f"{kind}-seed{self.seed}-{name}"
+        argv = []
+        for key, value in flags.items():
+            if value is True:
+                argv.append(f"--{key.replace('_', '-')}")
+            elif value is not None and value is not False:
+                argv += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        # a line that a reader can type: data and earlier runs by name, not by this machine's paths
+        self.commands.append("python train.py " + shlex.join(argv).replace(self.data if self.data != "shapes" else "\0", "DATA")
+                             .replace(str(self.folder), "runs") + f" --output-dir runs/{folder.name}")
+        if not finished(folder):
+            self.say(f"  {self.commands[-1]}")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            resume = ["--resume"] if (folder / "args.json").exists() else []
+            with open(f"{folder}.txt", "a") as output, contextlib.redirect_stdout(output):
+                train.main([*argv, *resume, "--output-dir", str(folder)])
+        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+        epochs = [line for line in lines if "epoch" in line]
+        args = json.loads((folder / "args.json").read_text())
+        steps = epochs[-1]["step"] / len(epochs)  # per epoch; several processes are not for this file
+        seconds = sum(steps * args["batch_size"] * args["accum"] / line["img_s"] for line in epochs if line.get("img_s"))
+        return Run(folder, epochs[-1], seconds)
+
+    def load(self, run):
+        """The model a run ended with, in eval mode, and its flags."""
+        saved = read_checkpoint(run.checkpoint)
+        args = train.argparse.Namespace(**saved["args"])
+        model = train.build_model(args, args.num_classes, resumed=True)
+        model.load_state_dict(saved["model"])
+        return model.eval(), args
+
+
+def finished(folder):
+    """Did the run there come to its end? What counts is the checkpoint, which is written after the log."""
+    try:
+        saved = read_checkpoint(folder / "checkpoint.pt")
+        return saved["epoch"] == saved["args"]["epochs"]
+    except (ValueError, KeyError):
+        return False
+
+
+# ---------------------------------------------------------------------------- measuring and remembering
+
+
+def machine():
+    """Where and with what a figure was obtained."""
+    name = platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
+    return dict(device=device, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
+                torchvision=torchvision.__version__)
+
+
+def read_rows(path):
+    """The measurements in a file, a line each; a last line cut by a kill is dropped. ValueError if it is another file."""
+    rows = []
+    for number, line in enumerate(Path(path).read_text().splitlines() if Path(path).exists() else (), start=1):
+        try:
+            rows.append(json.loads(line))
+            rows[-1]["claim"], rows[-1]["arm"], rows[-1]["figures"]
+        except (ValueError, KeyError, TypeError):
+            if rows and not isinstance(rows[-1], dict) or line.endswith("}"):
+                raise ValueError(f"{path} line {number} is no measurement of a claim; give another --output-dir") from None
+    return rows
+
+
+def measure(name, make, lab, path):
+    """All arms of one seed -> rows, each appended to the file at `path` as soon as it is there; what is there is not measured again."""
+    what = dict(claim=name, seed=lab.seed, data=lab.data if lab.data == "shapes" else Path(lab.data).resolve().name, budget=lab.budget, tiny=lab.tiny)
+    known = {row["arm"]: row for row in read_rows(path) if {key: row.get(key) for key in what} == what}
+    claim, rows = make(lab), []
+    for arm, function in claim.arms.items():
+        if arm not in known:
+            lab.say(f"{name}, seed {lab.seed}: {arm}")
+            lab.commands, began = [], time.monotonic()
+            figures = function()
+            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), **machine(),
+                       day=time.strftime("%Y-%m-%d"))
+            with open(path, "a") as file:  # at once: nothing measured is lost
+                file.write(json.dumps(row) + "\n")
+            known[arm] = row
+        rows.append(known[arm])
+    return claim, rows
+
+
+# ---------------------------------------------------------------------------- judging and showing
+
+
+def judge(effects, worth):
+    """Effects, one per seed, positive where the paper expects it -> one of four verdicts, see (1)."""
+    if len(effects) < 2 or not all(map(math.isfinite, effects)):
+        return "too noisy to say"
+    mean = statistics.fmean(effects)
+    reach = STUDENT[min(len(effects), len(STUDENT)) - 1] * statistics.stdev(effects) / len(effects) ** 0.5
+    if -worth < mean - reach and mean + reach < worth:
+        return "not seen"
+    if mean - reach > 0:
+        return "agrees"
+    if mean + reach < 0:
+        return "opposite"
+    return "not seen" if mean + reach < worth else "too noisy to say"
+
+
+def spread(values, form=".3g"):
+    """Mean, and ± sample standard deviation where there are several."""
+    mean = f"{statistics.fmean(values):{form}}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"
+
+
+def by_seed(rows):
+    """{seed: {arm: figures}} of the seeds that have all arms."""
+    seeds = {}
+    for row in rows:
+        seeds.setdefault(row["seed"], {})[row["arm"]] = row["figures"]
+    most = max(map(len, seeds.values()))
+    return {seed: arms for seed, arms in sorted(seeds.items()) if len(arms) == most}
+
+
+def verdicts(claim, rows):
+    """[(statement, effects, verdict)]"""
+    seeds = by_seed(rows)
+    found = []
+    for statement in claim.statements:
+        effects = [statement.effect(arms) for arms in seeds.values()]
+        found.append((statement, effects, judge(effects, statement.worth)))
+    return found
+
+
+def numbers(rows):
+    """{arm: {figure: [a number per seed]}}, arms and figures in their order; curves left out."""
+    table = {}
+    for arms in by_seed(rows).values():
+        for arm, figures in arms.items():
+            for key, value in figures.items():
+                if not key.startswith("curve"):
+                    table.setdefault(arm, {}).setdefault(key, []).append(value)
+    return table
+
+
+def table(rows):
+    """Markdown: a line per arm, a column per figure."""
+    cells = numbers(rows)
+    keys = list(dict.fromkeys(key for figures in cells.values() for key in figures))
+    lines = [f"| arm | {' | '.join(keys)} |", "| --- |" + " ---: |" * len(keys)]
+    lines += [f"| {arm} | {' | '.join(spread(figures[key]) if key in figures else '' for key in keys)} |" for arm, figures in cells.items()]
+    return "\n".join(lines)
+
+
+def told(claim, rows):
+    """The verdicts as lines of text."""
+    return "\n".join(f"{verdict:17} {statement.text}: {spread(effects)} {statement.unit} (n = {len(effects)}; an effect matters from {statement.worth:g})"
+                     for statement, effects, verdict in verdicts(claim, rows))
+
+
+def draw(path, name, claim, rows):
+    """A panel per figure: each arm's mean, and a dot per seed; then a panel of curves, where there are any."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError:
+        raise ValueError("matplotlib is not installed; pip install matplotlib") from None
+    cells, seeds = numbers(rows), by_seed(rows)
+    keys = claim.shown or list(dict.fromkeys(key for figures in cells.values() for key in figures))[:4]
+    curves = sorted({key for arms in seeds.values() for figures in arms.values() for key in figures if key.startswith("curve")})
+    panels = len(keys) + len(curves)
+    figure, axes = plt.subplots(1, panels, figsize=(1.5 + 3.6 * panels, 1.4 + max(0.34 * len(cells), 2.4)), layout="constrained", squeeze=False)
+    for n, (ax, key) in enumerate(zip(axes[0], keys)):
+        for k, (arm, figures) in enumerate(cells.items()):
+            values = figures.get(key, [])
+            ax.plot(values, [k] * len(values), "o", color=f"C{k % 10}", alpha=0.5, markersize=4)
+            if values:
+                ax.plot(statistics.fmean(values), k, "|", color=f"C{k % 10}", markersize=16, markeredgewidth=2.5)
+        ax.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5), title=textwrap.fill(key, 34))
+        ax.set_yticklabels(cells if n == 0 else [])
+        ax.grid(alpha=0.3)
+    for ax, key in zip(axes[0][len(keys):], curves):
+        for k, arm in enumerate(cells):
+            lines = [arms[arm][key] for arms in seeds.values() if key in arms[arm]]
+            for line in lines:
+                ax.plot(*zip(*line), color=f"C{k % 10}", linewidth=0.7, alpha=0.4)
+            if lines:  # the runs of an arm share their steps
+                ax.plot([x for x, _ in lines[0]], [statistics.fmean(y) for y in zip(*([y for _, y in line] for line in lines))], ".-", color=f"C{k % 10}",
+                        label=arm)
+        ax.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=textwrap.fill(key.removeprefix("curve "), 34))
+        ax.legend(fontsize=7)
+        ax.grid(alpha=0.3)
+    figure.suptitle(f"{name} ({len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}; bar: mean, dot: seed)")
+    figure.savefig(path, dpi=110, format="png")
+    plt.close(figure)
