@@ -137,6 +137,10 @@ def test_without_pairing_every_decoder_predicts_the_image_alone():
     torch.testing.assert_close(out.loss, torch.stack(out.pairs).mean())
     paired = tiny(4)(imgs, noise=noise())
     assert all(torch.equal(a, b) for a, b in zip(out.pred, paired.pred)) and paired.loss != out.loss
+    pictures, (outer, inner) = model.reconstruct(imgs, noise=noise()), tiny(4).reconstruct(imgs, noise=noise())
+    assert len(pictures) == 4
+    torch.testing.assert_close(pictures[0], outer.main)  # a picture of each decoder's own prediction
+    torch.testing.assert_close(pictures[1], inner.main)
 
 
 # ---------------------------------------------------------------------------- segments and context

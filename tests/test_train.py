@@ -664,6 +664,30 @@ def test_evaluation_may_be_rarer_than_epochs(tmp_path):
     assert [line["epoch"] for line in log(tmp_path) if "val_acc" in line] == [2, 4, 5]
 
 
+def test_evaluation_may_be_on_part_of_the_validation_set(tmp_path, monkeypatch):
+    seen = []
+    evaluate = train.evaluate
+    monkeypatch.setattr(train, "evaluate", lambda model, loader, *rest: (seen.append([i for batch in loader.batch_sampler for _, i in batch]),
+                                                                         seen.append(loader.dataset.indices), evaluate(model, loader, *rest))[-1])
+    some = start(f"{CLASSIFY} --epochs 1 --data-size 64 --val-images 5", tmp_path / "some")
+    assert seen == [list(range(5)), train.first_of_shuffle(16, 5)]
+    assert some["val_acc"] in [20.0 * k for k in range(6)]
+    whole = start(f"{CLASSIFY} --epochs 1 --data-size 64", tmp_path / "whole")
+    assert seen[3] == list(range(16)) and whole["val_loss"] != some["val_loss"]
+    assert_same_bits(checkpoint(tmp_path / "some")["model"], checkpoint(tmp_path / "whole")["model"])
+
+
+def test_mirl_without_pairing_trains_by_plain_deep_supervision(tmp_path):
+    start(f"{PRETRAIN} --method mirl --no-pairing --epochs 1", tmp_path)
+    saved = checkpoint(tmp_path)
+    args = train.argparse.Namespace(**saved["args"])
+    model = train.build_model(args, 10, resumed=True)
+    assert args.no_pairing and not model.pairing
+    paired = train.build_model(train.argparse.Namespace(**{**saved["args"], "no_pairing": False}), 10, resumed=True)
+    paired.load_state_dict(saved["model"])  # the same tensors, another loss
+    assert paired.pairing and (tmp_path / "reconstruction.png").stat().st_size > 10_000
+
+
 def test_the_linear_schedule_matches_hand_computed_values():
     values = [train.lr_at(step, 100, 10, 1.0, 0.1, "linear") for step in (5, 10, 55, 100)]
     assert values == pytest.approx([0.5, 1.0, 0.55, 0.1])
@@ -1275,6 +1299,11 @@ BAD = [  # flags, a word of the message
     (f"{PRETRAIN} --train-images 65", "train-images"),
     (f"{PRETRAIN} --train-images 0", "train-images"),
     (f"{PRETRAIN} --train-images -1", "train-images"),
+    (f"{PRETRAIN} --val-images 17", "val-images 17 must lie in 1..16"),
+    (f"{PRETRAIN} --val-images 0", "val-images"),
+    (f"{PRETRAIN} --method mae --no-pairing", "--method mirl"),
+    (f"{CLASSIFY} --no-pairing", "--method mirl"),
+    (f"{DETECT} --eval-train --val-images 3", "--eval-train"),
     (f"{PRETRAIN} --weight-decay -1", "weight-decay"),
     (f"{PRETRAIN} --warmup-epochs -1", "warmup-epochs"),
     (f"{PRETRAIN} --clip-grad 0", "clip-grad"),
