@@ -44,7 +44,7 @@ def run(name, flags):
         bench = lab.Lab(folder / "runs", flags.data, seed, flags.budget, flags.tiny)
         claim, found = lab.measure(name, CLAIMS[name], bench, folder / f"{name}.jsonl")
         rows += found
-    print(f"\n{name}: {claim.says} ({claim.paper})\n\n{lab.table(rows)}\n\n{lab.told(claim, rows)}\n")
+    print(f"\n{name}: {claim.says} ({claim.paper})\n\n{lab.table(claim, rows)}\n\n{lab.told(claim, rows)}\n")
     try:
         lab.draw(folder / f"{name}.png", name, claim, rows)
         print(f"saved {folder / name}.jsonl and .png")
@@ -61,7 +61,10 @@ def report(folder):
             continue
         first = rows[0]
         rows = [row for row in rows if (row["data"], row["budget"]) == (first["data"], first["budget"])]
-        claim, seeds = make(lab.Lab("runs", first["data"], budget=first["budget"])), sorted({row["seed"] for row in rows})
+        claim = make(lab.Lab("runs", first["data"], budget=first["budget"]))
+        seeds = lab.by_seed(claim, rows)
+        if not seeds:
+            continue
         minutes = sum(row["seconds"] for row in rows) / 60
         data = "shapes" if first["data"] == "shapes" else "DATA"
         command = f"`python experiments/claims.py {name} --data {data} --seeds {len(seeds)}" + (f" --budget {first['budget']:g}" if first["budget"] != 10 else "") + "`"
@@ -109,6 +112,10 @@ def main(argv=None):
                 run(name, flags)
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1])
+    except SystemExit as stopped:
+        if stopped.code in (130, 143):  # train.py had saved before it ended
+            print("claims.py: stopped; the same command goes on from here", file=sys.stderr)
+        raise
 
 
 def write(path, text):

@@ -106,15 +106,11 @@ class Lab:
         name = hashlib.sha256(json.dumps(sorted((key, str(value)) for key, value in flags.items())).encode()).hexdigest()[:10]
         kind = "-".join(str(flags[key]) for key in ("task", "method", "model", "optimizer") if flags.get(key))
         folder = self.folder / f"{kind}-seed{self.seed}-{name}"
-        argv = []
-        for key, value in flags.items():
-            if value is True:
-                argv.append(f"--{key.replace('_', '-')}")
-            elif value is not None and value is not False:
-                argv += [f"--{key.replace('_', '-')}", *map(str, value if isinstance(value, (list, tuple)) else [value])]
+        argv = as_argv(flags)
         # a line that a reader can type: data and earlier runs by name, not by this machine's paths
-        self.commands.append("python train.py " + shlex.join(argv).replace(self.data if self.data != "shapes" else "\0", "DATA")
-                             .replace(str(self.folder), "runs") + f" --output-dir runs/{folder.name}")
+        names = {"data_path": lambda path: "DATA", "init": lambda path: f"runs/{Path(path).relative_to(self.folder)}"}
+        told = {key: names[key](value) if key in names and value is not None else value for key, value in flags.items()}
+        self.commands.append(f"python train.py {shlex.join(as_argv({**told, 'output_dir': f'runs/{folder.name}'}))}")
         if not finished(folder):
             self.say(f"  {self.commands[-1]}")
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -135,6 +131,16 @@ class Lab:
         model = train.build_model(args, args.num_classes, resumed=True)
         model.load_state_dict(saved["model"])
         return model.eval(), args
+
+
+def as_argv(flags):
+    """{"img_size": 32, "probe": True, "init": None} -> ["--img-size", "32", "--probe"]"""
+    argv = []
+    for key, value in flags.items():
+        if value is not None and value is not False:
+            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
+            argv += [f"--{key.replace('_', '-')}", *map(str, values)]
+    return argv
 
 
 def finished(folder):
@@ -160,16 +166,29 @@ def machine():
 
 
 def read_rows(path):
-    """The measurements in a file, a line each; a last line cut by a kill is dropped. ValueError if it is another file."""
+    """The measurements in a file, a line each; a last line cut by a kill does not count. ValueError if it is another file."""
     rows = []
-    for number, line in enumerate(Path(path).read_text().splitlines() if Path(path).exists() else (), start=1):
+    for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
-            rows.append(json.loads(line))
-            rows[-1]["claim"], rows[-1]["arm"], rows[-1]["figures"]
+            row = json.loads(line)
+            row["claim"], row["arm"], row["seed"], row["figures"]
         except (ValueError, KeyError, TypeError):
-            if rows and not isinstance(rows[-1], dict) or line.endswith("}"):
-                raise ValueError(f"{path} line {number} is no measurement of a claim; give another --output-dir") from None
+            raise ValueError(f"{path} line {number} is no measurement of a claim; move that file away or give another folder") from None
+        rows.append(row)
     return rows
+
+
+def whole_lines(path):
+    text = Path(path).read_text() if Path(path).exists() else ""
+    return text[:text.rfind("\n") + 1]
+
+
+def append(path, row):
+    """At once, so that nothing measured is lost."""
+    if Path(path).exists() and Path(path).read_text() != (whole := whole_lines(path)):
+        Path(path).write_text(whole)  # a kill had cut the last line: its arm is measured anew
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
 
 
 def measure(name, make, lab, path):
@@ -184,8 +203,7 @@ def measure(name, make, lab, path):
             figures = function()
             row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), **machine(),
                        day=time.strftime("%Y-%m-%d"))
-            with open(path, "a") as file:  # at once: nothing measured is lost
-                file.write(json.dumps(row) + "\n")
+            append(path, row)
             known[arm] = row
         rows.append(known[arm])
     return claim, rows
@@ -209,24 +227,26 @@ def judge(effects, worth):
     return "not seen" if mean + reach < worth else "too noisy to say"
 
 
-def spread(values, form=".3g"):
-    """Mean, and ± sample standard deviation where there are several."""
-    mean = f"{statistics.fmean(values):{form}}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.2g}"
+def spread(values):
+    """Mean, and ± sample standard deviation where there are several; three digits of the larger."""
+    mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    largest = max(abs(mean), deviation)
+    digits = min(6, max(0, 2 - math.floor(math.log10(largest)))) if 0 < largest < math.inf else 0
+    return f"{mean:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if len(values) > 1 else "")
 
 
-def by_seed(rows):
+def by_seed(claim, rows):
     """{seed: {arm: figures}} of the seeds that have all arms."""
     seeds = {}
     for row in rows:
-        seeds.setdefault(row["seed"], {})[row["arm"]] = row["figures"]
-    most = max(map(len, seeds.values()))
-    return {seed: arms for seed, arms in sorted(seeds.items()) if len(arms) == most}
+        if row["arm"] in claim.arms:
+            seeds.setdefault(row["seed"], {})[row["arm"]] = row["figures"]
+    return {seed: {arm: arms[arm] for arm in claim.arms} for seed, arms in sorted(seeds.items()) if len(arms) == len(claim.arms)}
 
 
 def verdicts(claim, rows):
     """[(statement, effects, verdict)]"""
-    seeds = by_seed(rows)
+    seeds = by_seed(claim, rows)
     found = []
     for statement in claim.statements:
         effects = [statement.effect(arms) for arms in seeds.values()]
@@ -234,10 +254,10 @@ def verdicts(claim, rows):
     return found
 
 
-def numbers(rows):
+def numbers(claim, rows):
     """{arm: {figure: [a number per seed]}}, arms and figures in their order; curves left out."""
     table = {}
-    for arms in by_seed(rows).values():
+    for arms in by_seed(claim, rows).values():
         for arm, figures in arms.items():
             for key, value in figures.items():
                 if not key.startswith("curve"):
@@ -245,9 +265,9 @@ def numbers(rows):
     return table
 
 
-def table(rows):
+def table(claim, rows):
     """Markdown: a line per arm, a column per figure."""
-    cells = numbers(rows)
+    cells = numbers(claim, rows)
     keys = list(dict.fromkeys(key for figures in cells.values() for key in figures))
     lines = [f"| arm | {' | '.join(keys)} |", "| --- |" + " ---: |" * len(keys)]
     lines += [f"| {arm} | {' | '.join(spread(figures[key]) if key in figures else '' for key in keys)} |" for arm, figures in cells.items()]
@@ -268,7 +288,7 @@ def draw(path, name, claim, rows):
         from matplotlib import pyplot as plt
     except ImportError:
         raise ValueError("matplotlib is not installed; pip install matplotlib") from None
-    cells, seeds = numbers(rows), by_seed(rows)
+    cells, seeds = numbers(claim, rows), by_seed(claim, rows)
     keys = claim.shown or list(dict.fromkeys(key for figures in cells.values() for key in figures))[:4]
     curves = sorted({key for arms in seeds.values() for figures in arms.values() for key in figures if key.startswith("curve")})
     panels = len(keys) + len(curves)

@@ -40,7 +40,7 @@ def test_effects_are_paired_by_seed_and_incomplete_seeds_left_out():
             [(1, "b", 20.0), (0, "a", 3.0), (0, "b", 1.0), (1, "a", 23.0), (2, "a", 99.0)]]
     (_, effects, verdict), = lab.verdicts(claim, rows)
     assert effects == [2.0, 3.0] and verdict == "too noisy to say"
-    assert "| a | 13 ± 14 |" in lab.table(rows) and "99" not in lab.table(rows)
+    assert "| a | 13.0 ± 14.1 |" in lab.table(claim, rows) and "99" not in lab.table(claim, rows)
 
 
 @pytest.mark.parametrize("name", claims.CLAIMS)
@@ -60,3 +60,71 @@ def test_each_claim_runs_in_its_tiny_form(name, tmp_path, capsys):
     before = (tmp_path / f"{name}.jsonl").read_bytes()
     claims.main([name, "--tiny", "--seeds", "1", "--output-dir", str(tmp_path)])  # all is there: nothing is measured again
     assert (tmp_path / f"{name}.jsonl").read_bytes() == before
+
+
+def test_a_claim_killed_in_the_middle_of_a_line_or_a_run_goes_on(tmp_path, capsys):
+    flags = ["mirl-residual", "--tiny", "--seeds", "1", "--output-dir", str(tmp_path / "out")]
+    claims.main(flags)
+    file = tmp_path / "out" / "mirl-residual.jsonl"
+    whole = [json.loads(line) for line in file.read_text().splitlines()]
+    file.write_text(file.read_text()[:-20])  # the second arm's line was being written
+    for state in (tmp_path / "out" / "runs").glob("pretrain*/checkpoint.pt"):
+        state.unlink()  # and the runs had not come to an end
+    claims.main(flags)
+    again = [json.loads(line) for line in file.read_text().splitlines()]
+    assert [row["arm"] for row in again] == [row["arm"] for row in whole]
+    assert again[0] == whole[0] and again[1]["figures"] == whole[1]["figures"] and again[1]["commands"] == whole[1]["commands"]
+
+
+def test_commands_name_data_and_earlier_runs_instead_of_paths(tmp_path, monkeypatch):
+    bench = lab.Lab(tmp_path / "data", data="data", seed=3)
+    monkeypatch.setattr(lab.train, "main", lambda argv: seen.append(argv))
+    monkeypatch.setattr(lab, "finished", lambda folder: False)
+    seen = []
+    with pytest.raises(FileNotFoundError):  # nothing was trained
+        bench.train(task="classify", probe=True, img_size=[32, 48], label_smoothing=None, **bench.images(10), init=tmp_path / "data" / "x" / "checkpoint.pt")
+    assert seen[0][:6] == ["--seed", "3", "--eval-every", "10000", "--task", "classify"] and str(tmp_path / "data" / "x" / "checkpoint.pt") in seen[0]
+    told = bench.commands[0]
+    assert "--probe --img-size 32 48 --data folder --data-path DATA --train-images 10 --val-images 2000 --init runs/x/checkpoint.pt" in told
+    assert str(tmp_path) not in told and "label" not in told
+
+
+@pytest.mark.parametrize("flags, said", [
+    (["mirl-dept"], "mirl-depth"), (["mirl-depth", "--seeds", "0"], "--seeds 0"), (["mirl-depth", "--data", "nowhere"], "--data nowhere"),
+    (["mirl-depth", "--budget", "nan"], "--budget"), (["report", "--write", "README.txt"], "README.txt")])
+def test_bad_input_is_one_sentence(flags, said, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        claims.main(flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_file_that_holds_something_else_is_not_touched(tmp_path, capsys):
+    (tmp_path / "mirl-residual.jsonl").write_text('{"loss": 1.0}\n')
+    with pytest.raises(SystemExit):
+        claims.main(["mirl-residual", "--tiny", "--output-dir", str(tmp_path)])
+    assert "line 1" in capsys.readouterr().err and (tmp_path / "mirl-residual.jsonl").read_text() == '{"loss": 1.0}\n'
+
+
+def test_the_readme_holds_what_the_report_says():
+    text = (Path(claims.__file__).resolve().parents[1] / "README.md").read_text()
+    begin, end = claims.MARKS
+    assert text.split(begin)[1].split(end)[0].strip() == claims.report(claims.RESULTS)
+
+
+def test_a_report_goes_between_the_marks_and_nowhere_else(tmp_path, capsys):
+    claim = claims.CLAIMS["mirl-residual"](lab.Lab("runs"))
+    keys = ("error of main 1+4", "error of residual 1+4", "error of sum 1+4", "variance of main 1+4", "variance of residual 1+4")
+    for seed in range(3):
+        for arm in claim.arms:
+            figures = {"probe %": 40.0 + (2 if arm == "MIRL" else 0), **dict.fromkeys(keys, 1.0)}
+            lab.append(tmp_path / "mirl-residual.jsonl", dict(claim="mirl-residual", arm=arm, seed=seed, figures=figures, data="cifar10", budget=20, tiny=False, seconds=60.0,
+                                                              device="a machine", threads=1, torch="2.15.0+cpu"))
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\nafter\n")
+    claims.main(["report", "--results", str(tmp_path), "--write", str(page)])
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    row = next(line for line in text.splitlines() if "mirl-residual" in line)
+    assert "--data DATA --seeds 3 --budget 20`" in row and "6 min" in row and "agrees: pairing is ahead of plain deep supervision, 2.00 ± 0.00 points" in row
