@@ -64,6 +64,7 @@ class SAM(torch.optim.Optimizer):
     param_groups and state are the base optimizer's own, so schedulers, state_dict and resuming need no care.
     last holds grad_norm (the norm in (1) or (3)), first_loss, second_loss and skipped of the last step, to be logged. After
     the two halves it has no losses.
+    Between the halves a parameter's values lie in other memory; a view of it that somebody kept still shows w.
     ValueError for a negative rho and for steps called wrongly.
     """
 
@@ -80,7 +81,7 @@ class SAM(torch.optim.Optimizer):
         self._link()
         self.same_draws = same_draws
         self.last = {}
-        self._copies = {}  # parameter: memory for w, kept from step to step since fresh memory is slow
+        self._copies = {}  # parameter: memory for w + eps, kept from step to step since fresh memory is slow; during the climb it holds w
         self._moved = None  # the parameters at w + eps; None when no first_step is to be undone
         self._bad = self._accumulating = False
 
@@ -138,29 +139,33 @@ class SAM(torch.optim.Optimizer):
         for group, params, along in groups:
             if self._bad or not (params and group["rho"]):
                 continue
-            self._keep(params)
             if group["adaptive"]:
                 torch._foreach_mul_(along, params)
             uphill = -1 if group.get("maximize") else 1  # what is worst when the objective is to be large
-            torch._foreach_add_(params, along, alpha=uphill * group["rho"] / (norm + 1e-12))  # a zero gradient moves nothing
+            self._climb(params, along, uphill * group["rho"] / (norm + 1e-12))  # a zero gradient moves nothing
         if zero_grad:
             self.zero_grad()
 
-    def _keep(self, params):
-        for p in params:
-            kept = self._copies.get(p)
-            if kept is None or (kept.shape, kept.dtype, kept.device) != (p.shape, p.dtype, p.device):
-                self._copies[p] = torch.empty_like(p)
-        torch._foreach_copy_([self._copies[p] for p in params], params)
+    def _climb(self, params, along, scale):
+        """w + eps is written beside w, and the two change places: w is not touched, and the way back costs nothing."""
+        for p, direction in zip(params, along, strict=True):
+            other = self._copies.get(p)
+            if other is None or (other.shape, other.dtype, other.device) != (p.shape, p.dtype, p.device):
+                other = self._copies[p] = torch.empty_like(p)
+            torch.add(p, direction, alpha=scale, out=other)
+        self._exchange(params)
         self._moved += params
+
+    def _exchange(self, params):
+        for p in params:
+            p.data, self._copies[p] = self._copies[p], p.data
 
     @torch.no_grad()
     def restore(self):
         """Back from w + eps to w, bit for bit."""
         if self._moved is None:
             raise ValueError("there is no first_step to undo; call first_step after the first backward pass")
-        if self._moved:
-            torch._foreach_copy_(self._moved, [self._copies[p] for p in self._moved])
+        self._exchange(self._moved)
         self._moved = None
 
     @torch.no_grad()

@@ -24,7 +24,7 @@ PRETRAINING = {  # name -> flags; none: random start
 STANDS_FOR = {"supervised contrastive": "supervised contrastive (for MoCo v3)", "mask symbol": "mask symbol (for BEiT)"}
 
 
-def start(lab, name, scenes=2048, epochs=6, **shape):
+def start(lab, name, scenes=2048, epochs=4, **shape):
     """Flags of a dense task that begin with this pre-training."""
     flags = PRETRAINING[name]
     small = dict(embed_dim=16, depth=4, num_heads=1) if lab.tiny else {}
@@ -36,7 +36,7 @@ def start(lab, name, scenes=2048, epochs=6, **shape):
     return {**shape, **method, "init": run.checkpoint}
 
 
-def detect(lab, name, scenes=256, epochs=6):
+def detect(lab, name, scenes=192, epochs=6):
     passes = lab.epochs(epochs)
     run = lab.train(task="detect", **start(lab, name), data="shapes", data_size=lab.pick(scenes, 8), epochs=passes, eval_every=max(1, passes // 4))
     curve = run.curve("box_ap50")

@@ -1,7 +1,11 @@
+import argparse
+import json
+import math
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
@@ -34,3 +38,56 @@ def test_a_detector_that_does_not_fit_is_said_so_and_mixed_files_are_refused():
     assert bench.table([row, fits]).splitlines()[2] == "| A | 512 | yes | does not fit | does not fit | does not fit | 1.50 |"
     with pytest.raises(SystemExit, match="several benches"):
         bench.table([row, SPEC])
+
+
+def test_the_exponent_of_an_exact_power_law_is_found():
+    assert bench.exponent({x: 0.3 * x**1.7 for x in (2, 4, 16, 100)}) == pytest.approx(1.7)
+    assert bench.exponent({2: 5.0, 8: 5.0}) == pytest.approx(0)
+    assert bench.exponent({1: 1.0, 2: 2.0, 4: None, 8: 0.0}) == pytest.approx(1)  # what did not fit or not grow has no logarithm
+    assert math.isnan(bench.exponent({4: 1.0}))
+
+
+SCALING = dict(bench="scaling", device="cpu", threads=1, embed_dim=64, timed=1, objective="vit", **bench.BASE)
+
+
+def test_the_scaling_table_has_a_row_per_axis_with_medians_and_exponents(tmp_path):
+    rows = [{**SCALING, "axis": "depth", "depth": depth, "seconds": depth**2 * noise, "peak_mb": 10.0 * depth} for depth in (4, 2) for noise in (1, 1, 9)]
+    rows += [{**SCALING, "axis": "processes", "processes": n, "seconds": 0.5, "peak_mb": 10.0} for n in (1, 2)]
+    head, _, depth, processes = bench.table(rows).splitlines()
+    assert head == "| objective | width | axis | points | seconds | exponent | MB | exponent | images/s | exponent |"
+    assert depth == "| vit | 64 | depth | 2, 4 | 4, 16 | 2.00 | 20, 40 | 1.00 | 2, 0.5 | -2.00 |"
+    assert processes == "| vit | 64 | processes | 1, 2 | 0.5, 0.5 | 0.00 | 10, 10 | 0.00 | 16, 32 | 1.00 |"
+    rows[0] = {**rows[0], "depth": 8, "out_of_memory": True}
+    del rows[0]["seconds"], rows[0]["peak_mb"]
+    assert "| depth | 2, 4, 8 | 4, 80, does not fit |" in bench.table(rows)
+    pytest.importorskip("matplotlib")
+    bench.draw(tmp_path / "scaling.png", rows)
+    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow  # starts torchrun
+def test_a_scaling_step_grows_with_its_axis_and_runs_in_two_processes():
+    specs = bench.variants(argparse.Namespace(bench="scaling", device="cpu", timed=1, axes=["depth", "tokens"], objectives=["mae"], embed_dim=64))
+    assert [(s["axis"], s["depth"], s["tokens"]) for s in specs] == [*(("depth", d, 64) for d in (2, 4, 8, 16)), *(("tokens", 4, n) for n in (16, 64, 144, 256))]
+    few, many = (sum(p.numel() for p in bench.scaling_step(spec, torch.device("cpu"))[0].encoder.blocks.parameters()) for spec in specs[:2])
+    assert many == 2 * few
+    measured = bench.in_new_process({**SCALING, "axis": "processes", "processes": 2, "depth": 1, "tokens": 4, "batch": 1})
+    assert measured["seconds"] > 0 and measured["processes"] == 2
+
+
+@pytest.mark.parametrize("arguments, says", [
+    (["scaling", "--embed-dim", "100"], "--embed-dim 100 must be a multiple of 64"),
+    (["scaling", "--rounds", "0"], "--rounds 0 must be at least 1"),
+    (["scaling", "--json", "no/such/folder/x.jsonl"], "no/such/folder"),
+    (["table", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["table", "notes.jsonl"], "notes.jsonl holds no measurements"),
+    (["table", "attention.jsonl", "--plot", "x.png"], "only scaling has a figure"),
+])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, says, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("notes.jsonl").write_text("not json\n")
+    Path("attention.jsonl").write_text(json.dumps({**SPEC, "seconds": 1, "peak_mb": 2}) + "\n")
+    with pytest.raises(SystemExit) as stop:
+        bench.main([*arguments, *(["--device", "cpu"] if arguments[0] == "scaling" else [])])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.startswith("bench.py: ") and error.endswith("; see --help\n") and error.count("\n") == 1 and says in error
