@@ -108,8 +108,10 @@ class Lab:
         folder = self.folder / f"{kind}-seed{self.seed}-{name}"
         argv = as_argv(flags)
         # a line that a reader can type: data and earlier runs by name, not by this machine's paths
-        names = {"data_path": lambda path: "DATA", "init": lambda path: f"runs/{Path(path).relative_to(self.folder)}"}
-        told = {key: names[key](value) if key in names and value is not None else value for key, value in flags.items()}
+        told = {key: f"runs/{Path(value).relative_to(self.folder)}" if key in ("data_path", "init") and value and str(value) != self.data else value
+                for key, value in flags.items()}
+        if told.get("data_path") == self.data:
+            told["data_path"] = "DATA"
         self.commands.append(f"python train.py {shlex.join(as_argv({**told, 'output_dir': f'runs/{folder.name}'}))}")
         if not finished(folder):
             self.say(f"  {self.commands[-1]}")
