@@ -10,10 +10,9 @@ import math
 from functools import partial
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 import claims_mirl
-from lab import Claim, Statement
+from lab import Claim, Statement, multiply_adds
 
 SHAPE = dict(method="mixmim", model="mixmim_demo", img_size=32, patch_size=2)
 
@@ -149,14 +148,6 @@ def mixmim_gap(lab):
 
 
 # ---------------------------------------------------------------------------- encoders, fine-tuning
-
-
-@torch.no_grad()
-def multiply_adds(model, img_size):
-    """Millions of an image's forward pass. A pair is measured, as MixMIM mixes."""
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, 3, *img_size))
-    return counter.get_total_flops() / 2 / 2 / 1e6  # two operations, two images
 
 
 def mixmim_encoders(lab):

@@ -33,6 +33,7 @@ from typing import Callable, NamedTuple
 
 import torch
 import torchvision
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
 
@@ -152,6 +153,14 @@ def finished(folder):
         return saved["epoch"] == saved["args"]["epochs"]
     except (ValueError, KeyError):
         return False
+
+
+@torch.no_grad()
+def multiply_adds(model, img_size, *more):
+    """Of a forward pass, per image, in millions. more: what the model wants besides images. A pair is measured, as MixMIM mixes."""
+    with FlopCounterMode(display=False) as counter:
+        model(torch.zeros(2, 3, *img_size), *more)
+    return counter.get_total_flops() / 2 / 2 / 1e6  # two operations, two images
 
 
 # ---------------------------------------------------------------------------- measuring and remembering

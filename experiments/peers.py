@@ -27,7 +27,6 @@ Needs: torch, einops; bench.py beside it, mae.py, mixmim.py, sam.py, vit.py with
 import argparse
 import importlib.metadata
 import json
-import math
 import statistics
 import subprocess
 import sys
