@@ -13,11 +13,10 @@ from itertools import pairwise
 
 import torch
 
-from lab import Claim, Statement, multiply_adds  # first: it makes the concept files importable
+from lab import Claim, Statement, images_of, multiply_adds  # first: it makes the concept files importable
 
 import train
 from checkpoints import read_checkpoint
-from data import Images, augmentation, first_of_shuffle, open_source
 from masking import normalize_patches, patchify
 
 SHAPE = dict(model="vit_demo", embed_dim=64, num_heads=2, patch_size=4, img_size=32)
@@ -73,7 +72,7 @@ def parts(lab, run, count=512):
     The loss sees sums only, so that a constant per position and pixel may sit in either part; without it the parts can be compared.
     """
     model, args = lab.load(run)
-    images, noise = validation(lab, args, lab.pick(count, 16))
+    images, _, noise, *_ = images_of(args, lab.pick(count, 16))
     out = model(images, args.mask_ratio, noise)
     hidden = out.mask[..., None]
 
@@ -95,15 +94,6 @@ def parts(lab, run, count=512):
                     f"variance of residual{name}": mean_square(residual),
                     f"correlation{name}": (main * residual).sum().item() / (main.norm() * residual.norm()).item()}
     return figures
-
-
-def validation(lab, args, count):
-    """Images (count, C, H, W) as the run saw them in evaluation, and the noise of their masks."""
-    source = open_source(args.data, args.data_path, False, tuple(args.img_size), args.data_size)
-    some = Images(source, augmentation("none", args.img_size, source.mean, source.std), args.seed, first_of_shuffle(len(source), min(count, len(source))),
-                  (args.img_size[0] // args.patch_size) * (args.img_size[1] // args.patch_size))
-    images, _, noise = zip(*(some[0, i] for i in range(len(some))))
-    return torch.stack(images), torch.stack(noise)
 
 
 def mirl_residual(lab):
@@ -180,7 +170,7 @@ def blocks_anew(lab, run, count, depth):
 
 def gradient_norms(lab, model, args, count=256):
     """[(block, log2 of the norm of its gradient)], of the pre-training loss on fixed validation images and masks."""
-    images, noise = validation(lab, args, lab.pick(count, 16))
+    images, _, noise, *_ = images_of(args, lab.pick(count, 16))
     model(images, args.mask_ratio, noise).loss.backward()
     norms = [torch.stack([p.grad.norm() for p in block.parameters()]).norm() for block in model.encoder.blocks]
     return [(number, norm.clamp(min=1e-30).log2().item()) for number, norm in enumerate(norms, start=1)]

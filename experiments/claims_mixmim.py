@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 import claims_mirl
-from lab import Claim, Statement, multiply_adds
+from lab import Claim, Statement, images_of, multiply_adds
 
 SHAPE = dict(method="mixmim", model="mixmim_demo", img_size=32, patch_size=2)
 
@@ -119,7 +119,7 @@ def gap(lab, run, count=1024):
     The same validation images: 64 at a time share a mask, as in training. Visible places: those that the mask symbol did not fill.
     """
     model, args = lab.load(run)
-    images, _ = claims_mirl.validation(lab, args, lab.pick(count, 24))
+    images, *_ = images_of(args, lab.pick(count, 24))
     generator, seen = torch.Generator().manual_seed(args.seed), []
     hook = model.encoder.norm.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     hidden = []

@@ -4,7 +4,7 @@ A ViT, a Mixer and a ResNet of a similar speed learn few images without augmenta
 regime in which sharp minima hurt. Radii are those chosen for larger ones on another seed (README, "SAM on ViT, Mixer and
 ResNet"), looked at here on one more (100); learning rates are the same with and without SAM.
 
-Source: Chen, Hsieh, Gong 2022, arXiv 2106.01548. Needs: lab.py, landscape.py, train.py with all it needs.
+Source: Chen, Hsieh, Gong 2022, arXiv 2106.01548. Needs: lab.py, train.py with all it needs.
 """
 
 import math
@@ -16,12 +16,9 @@ import torch.nn.functional as F
 from einops import reduce
 from torchvision.transforms.v2.functional import to_pil_image
 
-from lab import Claim, Statement  # first: it makes the concept files importable
+from lab import Claim, Statement, images_of  # first: it makes the concept files importable
 
 import geometry
-import landscape
-import train
-from data import augmentation, first_of_shuffle, open_source
 from robust import CORRUPTIONS, corruption_accuracy, pgd
 from shapes import CLASSES, render
 
@@ -42,14 +39,6 @@ def learn(lab, net, sam=False, images=1000, epochs=25, source=None, **more):
 
 def named(net, sam):
     return f"{net} + SAM" if sam else net
-
-
-def stacked(args, training, count):
-    """Images of a run without augmentation -> x (B, C, H, W), y (B,), the set, their places in it. In training: of those it learnt from."""
-    source = open_source(args.data, args.data_path, training, tuple(args.img_size), args.data_size)
-    indices = first_of_shuffle(len(source), min(count, len(source)))  # train.py takes its images from the same shuffle
-    x, y = landscape.stack(landscape.Images(source, augmentation("none", args.img_size, source.mean, source.std), indices=indices))
-    return x, y, source, indices
 
 
 def ratio(f, key, above, below):
@@ -87,30 +76,27 @@ def sam_accuracy(lab):
 
 
 def sharpness(lab, net, sam):
-    """landscape.py's figures, and those that it leaves out: eigenvalues of three blocks, the NTK's condition number."""
-    run = learn(lab, net, sam)
-    model, args = lab.load(run)
-    images = lab.pick(256, 16)
-    flags = landscape.parse([str(run.checkpoint), "--images", str(images), "--micro-batch", str(images), "--test-images", str(lab.pick(2000, 12)),
-                             "--corruption-images", "0", "--iters", str(lab.pick(40, 2)), "--tol", "0.03", "--draws", str(lab.pick(10, 2)),
-                             "--surface-steps", str(lab.pick(9, 3))])
-    chosen, scales = landscape.open_data([run.checkpoint], [args], flags)
-    scale = scales[bool(args.stats)]
-    found, _ = landscape.measure(model, args, chosen, scale, flags, train.World("cpu"), lambda _: None)
-    source, indices = chosen["train"]
-    x, y = landscape.stack(landscape.Images(source, augmentation("none", args.img_size, *scale), indices=indices))
+    """Around the weights a run ended with, on 256 of the images it learnt; the NTK on 64 of them."""
+    model, args = lab.load(learn(lab, net, sam))
+    x, y, *_ = images_of(args, lab.pick(256, 16), training=True)
+
+    def loss():
+        return F.cross_entropy(model(x), y)
 
     def eigenvalue(module):
-        return geometry.hessian_max_eigenvalue(model, lambda: F.cross_entropy(model(x), y), params=list(module.parameters()), iters=flags.iters, tol=flags.tol)
+        return abs(geometry.hessian_max_eigenvalue(model, loss, params=list(module.parameters()), iters=lab.pick(40, 2), tol=0.03))
 
+    flat = geometry.average_flatness(model, loss, draws=lab.pick(10, 2))
+    surface = geometry.loss_surface(model, loss, radius=0.5, steps=lab.pick(9, 3))
     kappa = min(geometry.ntk_condition_number(model, x[:lab.pick(64, 4)]).kappa, 1e14)  # beyond float32's rounding, squared, it is infinite
-    figures = {"lambda": abs(found["lambda_max"]), "log10 NTK condition": math.log10(kappa), "gap to L_N": found["gap"], "train loss": found["train_loss"],
-               "radius": min(found["doubling_radius"], flags.surface_radius), "weight norm": found["weight_norm"], "active first %": found["active_first"],
-               "active mean %": found["active_mean"]}
+    active = [100 * share for share in geometry.active_neurons(model, x).values()]
+    figures = {"lambda": eigenvalue(model), "log10 NTK condition": math.log10(kappa), "gap to L_N": flat.gap, "train loss": flat.clean,
+               "radius": min(geometry.doubling_radius(surface), 0.5), "weight norm": geometry.weight_norm(model), "active first %": active[0],
+               "active mean %": sum(active) / len(active)}
     if net != "ResNet":
         embedding = model.patch_embed if hasattr(model, "patch_embed") else model.stem
-        figures |= {"lambda of embedding": abs(eigenvalue(embedding)), "lambda of first block": abs(eigenvalue(model.blocks[0])),
-                    "lambda of last block": abs(eigenvalue(model.blocks[-1]))}
+        figures |= {"lambda of embedding": eigenvalue(embedding), "lambda of first block": eigenvalue(model.blocks[0]),
+                    "lambda of last block": eigenvalue(model.blocks[-1])}
     return figures
 
 
@@ -148,7 +134,7 @@ def attended(lab, sam):
     """Always generated scenes: only they know where the object is. Patches of 4 pixels, or the maps would have 4 x 4 places."""
     run = learn(lab, "ViT", sam, epochs=16, source=dict(data="shapes", data_size=lab.pick(2000, 48)), pool="cls", patch_size=lab.pick(4, 8))
     model, args = lab.load(run)
-    x, _, source, indices = stacked(args, False, 500)
+    x, _, _, source, indices = images_of(args, 500)
     masks = torch.stack([max(source.scene(i)["masks"], key=torch.sum) for i in indices])  # most visible pixels: the shape that is the label
     maps = geometry.attention_maps(model, x)
     geometry.save_attention(run.folder / "attention.png", torch.stack([source[i][0] for i in indices[:8]]) / 255, maps[:8])
@@ -182,7 +168,7 @@ def hardened(lab, net, sam, adversarial):
     """Accuracy on clean, corrupted and attacked images, the same for all nets. Six kinds of corruption of our own making, not ImageNet-C."""
     run = learn(lab, net, sam, **(dict(adversarial=True) if adversarial else {}))  # eps 4/255, the flag's default
     model, args = lab.load(run)
-    x, y, source, _ = stacked(args, False, lab.pick(1000, 24))
+    x, y, _, source, _ = images_of(args, lab.pick(1000, 24))
     scale, generator, right, attacked = dict(mean=source.mean, std=source.std), torch.Generator().manual_seed(0), 0, 0
     for some, labels in zip(x.split(250), y.split(250)):
         worst = pgd(model, some, labels, args.attack_eps / 255, steps=lab.pick(10, 2), generator=generator, **scale)
@@ -311,7 +297,7 @@ def sam_augment(lab):
     def judged(net, sam, augmented):
         run = learn(lab, net, sam, epochs=50, **(dict(augment="padcrop", mixup=0.5) if augmented else {}))
         model, args = lab.load(run)
-        x, y, *_ = stacked(args, True, lab.pick(256, 16))
+        x, y, *_ = images_of(args, lab.pick(256, 16), training=True)
 
         def loss():
             return F.cross_entropy(model(x), y)

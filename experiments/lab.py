@@ -39,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept file
 
 import train
 from checkpoints import read_checkpoint
+from data import Images, augmentation, first_of_shuffle, open_source
 
 STUDENT = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # one-sided 95 %, by degrees of freedom
 
@@ -153,6 +154,16 @@ def finished(folder):
         return saved["epoch"] == saved["args"]["epochs"]
     except (ValueError, KeyError):
         return False
+
+
+def images_of(args, count, training=False):
+    """The first images of a run's set, not augmented: x (B, C, H, W), y (B,), the masks' noise (B, N) as in evaluation; the set, their places in it."""
+    source = open_source(args.data, args.data_path, training, tuple(args.img_size), args.data_size)
+    indices = first_of_shuffle(len(source), min(count, len(source)))  # train.py takes its images from the same shuffle
+    noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
+    some = Images(source, augmentation("none", args.img_size, source.mean, source.std), args.seed, indices, noise_size)
+    x, y, noise = zip(*(some[0, i] for i in range(len(some))))
+    return torch.stack(x), torch.tensor(y), torch.stack(noise), source, indices
 
 
 @torch.no_grad()

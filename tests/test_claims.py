@@ -43,23 +43,29 @@ def test_effects_are_paired_by_seed_and_incomplete_seeds_left_out():
     assert "| a | 13.0 ± 14.1 |" in lab.table(claim, rows) and "99" not in lab.table(claim, rows)
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """One for all claims: runs that several of them need are trained once."""
+    return tmp_path_factory.mktemp("claims")
+
+
 @pytest.mark.parametrize("name", claims.CLAIMS)
-def test_each_claim_runs_in_its_tiny_form(name, tmp_path, capsys):
+def test_each_claim_runs_in_its_tiny_form(name, folder, capsys):
     if name.startswith("detect"):
         pytest.importorskip("pycocotools")
-    claims.main([name, "--tiny", "--seeds", "1", "--output-dir", str(tmp_path)])
+    claims.main([name, "--tiny", "--seeds", "1", "--output-dir", str(folder)])
     printed = capsys.readouterr().out
-    rows = [json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()]
-    claim = claims.CLAIMS[name](lab.Lab(tmp_path / "runs", tiny=True))
+    rows = [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+    claim = claims.CLAIMS[name](lab.Lab(folder / "runs", tiny=True))
     assert [row["arm"] for row in rows] == list(claim.arms)
     figures = {row["arm"]: row["figures"] for row in rows}
     for statement in claim.statements:
         assert isinstance(statement.effect(figures), (int, float)) and statement.text in printed
-    assert (tmp_path / f"{name}.png").stat().st_size > 5000
-    assert str(tmp_path) not in json.dumps(rows), "a path of this machine"
-    before = (tmp_path / f"{name}.jsonl").read_bytes()
-    claims.main([name, "--tiny", "--seeds", "1", "--output-dir", str(tmp_path)])  # all is there: nothing is measured again
-    assert (tmp_path / f"{name}.jsonl").read_bytes() == before
+    assert (folder / f"{name}.png").stat().st_size > 5000
+    assert str(folder) not in json.dumps(rows), "a path of this machine"
+    before = (folder / f"{name}.jsonl").read_bytes()
+    claims.main([name, "--tiny", "--seeds", "1", "--output-dir", str(folder)])  # all is there: nothing is measured again
+    assert (folder / f"{name}.jsonl").read_bytes() == before
 
 
 def test_a_claim_killed_in_the_middle_of_a_line_or_a_run_goes_on(tmp_path, capsys):
