@@ -972,8 +972,8 @@ def test_batchnorm_under_two_processes_counts_each_step_once(ranks):
 
 
 @pytest.mark.slow
-def test_what_sam_adds_to_the_two_passes_costs_at_most_two_adamw_updates():
-    """Norm, copy, add, copy back: 5 reads and 3 writes of every parameter in four passes; fused AdamW: 4 and 3 in one pass."""
+def test_what_sam_adds_to_the_two_passes_costs_at_most_one_and_a_half_adamw_updates():
+    """Norm, and w + eps written beside w: 3 reads and 1 write of every parameter in two passes; fused AdamW: 4 and 3 in one pass."""
     from vit import create_vit
     model = create_vit("vit_s16", num_classes=1000)
     base, params = dict(lr=1e-9, weight_decay=0.1, fused=True), list(model.parameters())
@@ -996,7 +996,7 @@ def test_what_sam_adds_to_the_two_passes_costs_at_most_two_adamw_updates():
     ratio = (median["first_step"] + median["restore"]) / median["update"]
     print({name: f"{1000 * value:.1f} ms" for name, value in median.items()}, f"ratio {ratio:.2f}",
           f"with the check of the second gradient {ratio + median['finite'] / median['update']:.2f}")
-    assert ratio <= 2
+    assert ratio <= 1.5
 
 
 # ---------------------------------------------------------------------------- copies, maximising, odd calls
