@@ -64,7 +64,8 @@ class SAM(torch.optim.Optimizer):
     param_groups and state are the base optimizer's own, so schedulers, state_dict and resuming need no care.
     last holds grad_norm (the norm in (1) or (3)), first_loss, second_loss and skipped of the last step, to be logged. After
     the two halves it has no losses.
-    Between the halves a parameter's values lie in other memory; a view of it that somebody kept still shows w.
+    Between the halves a parameter's values lie in other memory: a view of it that somebody kept still shows w, a weight in memory
+    shared with other processes is not shared then, and recorded CUDA graphs (torch.compile's "reduce-overhead") do not fit.
     ValueError for a negative rho and for steps called wrongly.
     """
 

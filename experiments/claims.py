@@ -41,8 +41,8 @@ def run(name, flags):
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
     for seed in range(flags.first_seed, flags.first_seed + flags.seeds):
-        bench = lab.Lab(folder / "runs", flags.data, seed, flags.budget, flags.tiny)
-        claim, found = lab.measure(name, CLAIMS[name], bench, folder / f"{name}.jsonl")
+        one_seed = lab.Lab(folder / "runs", flags.data, seed, flags.budget, flags.tiny)
+        claim, found = lab.measure(name, CLAIMS[name], one_seed, folder / f"{name}.jsonl")
         rows += found
     print(f"\n{name}: {claim.says} ({claim.paper})\n\n{lab.table(claim, rows)}\n\n{lab.told(claim, rows)}\n")
     try:
@@ -53,7 +53,9 @@ def run(name, flags):
 
 
 def report(folder):
-    """Markdown: a row per claim that has results in the folder."""
+    """Markdown: a row per claim that has results in the folder; of several data sets or budgets the first that was measured."""
+    if not folder.is_dir():
+        raise ValueError(f"--results {folder} is no folder; give the one that holds the claims' .jsonl files")
     lines = ["| claim of the paper | command | what we saw, mean ± deviation over seeds, and verdict |", "| --- | --- | --- |"]
     for name, make in CLAIMS.items():
         rows = [row for row in lab.read_rows(folder / f"{name}.jsonl") if not row["tiny"]]
@@ -66,11 +68,13 @@ def report(folder):
         if not seeds:
             continue
         minutes = sum(row["seconds"] for row in rows) / 60
-        data = "shapes" if first["data"] == "shapes" else "DATA"
-        command = f"`python experiments/claims.py {name} --data {data} --seeds {len(seeds)}" + (f" --budget {first['budget']:g}" if first["budget"] != 10 else "") + "`"
+        data = "" if first["data"] == "shapes" else "--data DATA "
+        command = f"`python experiments/claims.py {name} {data}--seeds {len(seeds)}" + (f" --budget {first['budget']:g}" if first["budget"] != 10 else "") + "`"
         place = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
         seen = [f"{verdict}: {statement.text}, {lab.spread(effects)} {statement.unit}" for statement, effects, verdict in lab.verdicts(claim, rows)]
         lines.append(f"| {claim.paper}: {claim.says} | {command} ({first['data']}; {place}) | {'<br>'.join(seen)} |")
+    if len(lines) == 2:
+        raise ValueError(f"--results {folder} holds no results of a claim; run one, and give its --output-dir")
     return "\n".join(lines)
 
 
@@ -90,6 +94,9 @@ def main(argv=None):
     unknown = [name for name in flags.names if name not in {*CLAIMS, "all", "list", "report"}]
     if unknown:
         fail(f"{unknown[0]!r} is no claim; choose from {', '.join(CLAIMS)}, or all, list, report")
+    alone = [name for name in flags.names if name in ("all", "list", "report")]
+    if alone and len(flags.names) > 1:
+        fail(f"{alone[0]!r} stands alone, but {len(flags.names)} names were given; make two commands of it")
     if flags.seeds < 1 or flags.first_seed < 0:
         fail(f"--seeds {flags.seeds} must be at least 1 and --first-seed {flags.first_seed} at least 0")
     if not 0 < flags.budget < math.inf:
@@ -112,6 +119,9 @@ def main(argv=None):
                 run(name, flags)
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1])
+    except KeyboardInterrupt:
+        print("claims.py: stopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
     except SystemExit as stopped:
         if stopped.code in (130, 143):  # train.py had saved before it ended
             print("claims.py: stopped; the same command goes on from here", file=sys.stderr)

@@ -200,7 +200,7 @@ def mirl_truncate(lab):
     def extra(f):
         return sum(cost(f, "MIRL", count) - cost(f, "MAE", count) for count in counts[1:]) / len(counts[1:])
 
-    return Claim("MIRL", "the last blocks of a plain masked model may as well be drawn anew before fine-tuning, MIRL's not", {
+    return Claim("MIRL", "the last blocks of a plain masked model may as well be drawn anew before fine-tuning, MIRL's not (as remembered)", {
         "random": lambda: figures([(0, finetune(lab, depth).last["val_acc"])]),
         "MAE": partial(arm, "mae"),
         "MIRL": partial(arm, "mirl")}, [
@@ -253,7 +253,7 @@ def mirl_layers(lab):
 
 def mirl_shape(lab):
     # blocks, width, heads: within 5 % of the multiply-adds, and four segments divide both. The paper's: 54 x 384 against 12 x 768
-    shapes = lab.pick(((24, 64, 2), (8, 112, 4)), ((4, 16, 1),) * 2)
+    shapes = lab.pick(((24, 64, 2), (8, 112, 4)), ((4, 16, 1), (2, 32, 1)))
     deep, wide = (f"{depth} x {width}" for depth, width, _ in shapes)
 
     def arm(method, depth, width, heads):

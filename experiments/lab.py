@@ -4,12 +4,16 @@ A claim has arms, each a function that trains with train.py and returns {figure:
 with a seed the same images and the same initial weights where sizes allow; so a statement about them is judged by its
 paired effects e_1 .. e_n, one per seed, with the sign the paper expects:
 
-    interval = mean(e) ± t sd(e) / sqrt(n)        t: 95 % of Student's t with n - 1 degrees of freedom        (1)
+    interval = mean(e) ± t sd(e) / sqrt(n)        t: 95th percentile of Student's t, n - 1 degrees of freedom        (1)
 
-    agrees             the interval lies above zero
+    not seen           it lies within ± `worth`, the smallest effect that would matter
+    agrees             else, it lies above zero
     opposite           it lies below zero
-    not seen           it rules out an effect as large as `worth`, the smallest that would matter
+    not seen           it reaches below zero, and not up to `worth`
     too noisy to say   anything else, and always with one seed
+
+Either end of the interval is missed by chance once in twenty, so of many statements some are wrong. Seeds draw weights,
+order, masks and augmentations; the training images and those that judge are the same for all, as in any benchmark.
 
 A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted one
 goes on where it stopped. Every arm and seed becomes a line of JSON as soon as it is measured.
@@ -18,6 +22,7 @@ Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with 
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -56,10 +61,11 @@ class Statement(NamedTuple):
 class Claim(NamedTuple):
     paper: str
     says: str  # the paper's claim, a sentence
-    arms: dict  # name -> function() -> {figure: number}; figures named "curve ..." are lists of (x, y)
+    arms: dict  # name -> function() -> {figure: number, or None where there is none}; figures named "curve ..." are lists of (x, y)
     statements: list
     shown: tuple = ()  # the figures of the plot; default all numbers, the first four
     axes: tuple = ("", "")  # of the curves
+    data: str = None  # "shapes": generated scenes whatever --data says
 
 
 class Run(NamedTuple):
@@ -97,10 +103,12 @@ class Lab:
         return 1 if self.tiny else max(1, round(usual * self.budget / 10))
 
     def images(self, count, val=2000):
-        """Flags for `count` training images."""
-        if self.data == "shapes":
-            return dict(data="shapes", data_size=self.pick(count, min(count, 48)))
-        return dict(data="folder", data_path=self.data, train_images=self.pick(count, min(count, 48)), val_images=self.pick(val, 24))
+        """Flags for `count` training images and `val` that judge, or as many as there are."""
+        count, val = self.pick((count, val), (min(count, 48), 24))
+        if self.data == "shapes":  # has a quarter as many to judge
+            return dict(data="shapes", data_size=max(count, 4 * val), train_images=count)
+        there = files_in(self.data)
+        return dict(data="folder", data_path=self.data, train_images=min(count, there["train"]), val_images=min(val, there["val"] or there["test"]))
 
     def train(self, **flags):
         """A run of train.py with these flags, or the finished one that is there -> Run."""
@@ -118,20 +126,22 @@ class Lab:
         if not finished(folder):
             self.say(f"  {self.commands[-1]}")
             self.folder.mkdir(parents=True, exist_ok=True)
-            resume = ["--resume"] if (folder / "args.json").exists() else []
-            with open(f"{folder}.txt", "a") as output, contextlib.redirect_stdout(output):
-                train.main([*argv, *resume, "--output-dir", str(folder)])
+            with open(f"{folder}.txt", "a") as output, contextlib.redirect_stdout(output), alone(output):
+                if not finished(folder):  # another claim may have trained it while this one waited
+                    resume = ["--resume"] if (folder / "args.json").exists() else []
+                    train.main([*argv, *resume, "--output-dir", str(folder)])
         lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         epochs = [line for line in lines if "epoch" in line]
         args = json.loads((folder / "args.json").read_text())
         steps = epochs[-1]["step"] / len(epochs)  # per epoch; several processes are not for this file
-        seconds = sum(steps * args["batch_size"] * args["accum"] / line["img_s"] for line in epochs if line.get("img_s"))
+        speeds = [line["img_s"] for line in epochs if line.get("img_s")]  # none in an epoch that ended as the run was stopped
+        seconds = len(epochs) * steps * args["batch_size"] * args["accum"] * statistics.fmean(1 / speed for speed in speeds)
         return Run(folder, epochs[-1], seconds)
 
     def load(self, run):
         """The model a run ended with, in eval mode, and its flags."""
         saved = read_checkpoint(run.checkpoint)
-        args = train.argparse.Namespace(**saved["args"])
+        args = train.argparse.Namespace(**{**train.DEFAULTS["all"], **saved["args"]})  # older files lack newer flags
         model = train.build_model(args, args.num_classes, resumed=True)
         model.load_state_dict(saved["model"])
         return model.eval(), args
@@ -145,6 +155,27 @@ def as_argv(flags):
             values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
             argv += [f"--{key.replace('_', '-')}", *map(str, values)]
     return argv
+
+
+@functools.cache
+def files_in(data):
+    """How many images a folder holds, by split."""
+    return {split: sum(1 for _ in Path(data).glob(f"{split}/*/*")) for split in ("train", "val", "test")}
+
+
+@contextlib.contextmanager
+def alone(file):
+    """Two claims at once may need the same run: the second waits for the first. Ends with the process, also by kill -9."""
+    try:
+        import fcntl
+    except ImportError:  # Windows: do not start two at once
+        yield
+        return
+    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def finished(folder):
@@ -193,7 +224,7 @@ def read_rows(path):
     for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
             row = json.loads(line)
-            row["claim"], row["arm"], row["seed"], row["figures"]
+            [row[key] for key in ("claim", "arm", "seed", "figures", "data", "budget", "tiny", "seconds")]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} line {number} is no measurement of a claim; move that file away or give another folder") from None
         rows.append(row)
@@ -207,22 +238,24 @@ def whole_lines(path):
 
 def append(path, row):
     """At once, so that nothing measured is lost."""
-    if Path(path).exists() and Path(path).read_text() != (whole := whole_lines(path)):
-        Path(path).write_text(whole)  # a kill had cut the last line: its arm is measured anew
+    whole = whole_lines(path).encode()
+    if whole and len(whole) < Path(path).stat().st_size:
+        os.truncate(path, len(whole))  # a kill had cut the last line: its arm is measured anew
     with open(path, "a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write(json.dumps(row, allow_nan=False) + "\n")
 
 
 def measure(name, make, lab, path):
     """All arms of one seed -> rows, each appended to the file at `path` as soon as it is there; what is there is not measured again."""
-    what = dict(claim=name, seed=lab.seed, data=lab.data if lab.data == "shapes" else Path(lab.data).resolve().name, budget=lab.budget, tiny=lab.tiny)
-    known = {row["arm"]: row for row in read_rows(path) if {key: row.get(key) for key in what} == what}
     claim, rows = make(lab), []
+    data = claim.data or ("shapes" if lab.data == "shapes" else Path(lab.data).resolve().name)
+    what = dict(claim=name, seed=lab.seed, data=data, budget=lab.budget, tiny=lab.tiny)
+    known = {row["arm"]: row for row in read_rows(path) if {key: row.get(key) for key in what} == what}
     for arm, function in claim.arms.items():
         if arm not in known:
             lab.say(f"{name}, seed {lab.seed}: {arm}")
             lab.commands, began = [], time.monotonic()
-            figures = function()
+            figures = {key: value if finite(value) else None for key, value in function().items()}
             row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), **machine(),
                        day=time.strftime("%Y-%m-%d"))
             append(path, row)
@@ -235,7 +268,7 @@ def measure(name, make, lab, path):
 
 
 def judge(effects, worth):
-    """Effects, one per seed, positive where the paper expects it -> one of four verdicts, see (1)."""
+    """Effects, one per seed, positive where the paper expects it -> one of four verdicts, see (1). NaN is too noisy."""
     if len(effects) < 2 or not all(map(math.isfinite, effects)):
         return "too noisy to say"
     mean = statistics.fmean(effects)
@@ -250,10 +283,12 @@ def judge(effects, worth):
 
 
 def spread(values):
-    """Mean, and ± sample standard deviation where there are several; three digits of the larger."""
+    """Mean, and ± sample standard deviation where there are several; three digits of the larger. n/a where a seed has none."""
+    if not all(finite(value) for value in values):
+        return "n/a"
     mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
     largest = max(abs(mean), deviation)
-    digits = min(6, max(0, 2 - math.floor(math.log10(largest)))) if 0 < largest < math.inf else 0
+    digits = min(6, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 0
     return f"{mean:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if len(values) > 1 else "")
 
 
@@ -271,9 +306,19 @@ def verdicts(claim, rows):
     seeds = by_seed(claim, rows)
     found = []
     for statement in claim.statements:
-        effects = [statement.effect(arms) for arms in seeds.values()]
+        effects = []
+        for arms in seeds.values():
+            try:
+                effects.append(float(statement.effect(arms)))
+            except TypeError:  # a figure is None
+                effects.append(math.nan)
         found.append((statement, effects, judge(effects, statement.worth)))
     return found
+
+
+def finite(value):
+    """A number that is one, or a curve of them."""
+    return all(math.isfinite(y) for _, y in value) if isinstance(value, list) else value is not None and math.isfinite(value)
 
 
 def numbers(claim, rows):
@@ -317,7 +362,7 @@ def draw(path, name, claim, rows):
     figure, axes = plt.subplots(1, panels, figsize=(1.5 + 3.6 * panels, 1.4 + max(0.34 * len(cells), 2.4)), layout="constrained", squeeze=False)
     for n, (ax, key) in enumerate(zip(axes[0], keys)):
         for k, (arm, figures) in enumerate(cells.items()):
-            values = figures.get(key, [])
+            values = [value for value in figures.get(key, []) if value is not None]
             ax.plot(values, [k] * len(values), "o", color=f"C{k % 10}", alpha=0.5, markersize=4)
             if values:
                 ax.plot(statistics.fmean(values), k, "|", color=f"C{k % 10}", markersize=16, markeredgewidth=2.5)
@@ -326,7 +371,7 @@ def draw(path, name, claim, rows):
         ax.grid(alpha=0.3)
     for ax, key in zip(axes[0][len(keys):], curves):
         for k, arm in enumerate(cells):
-            lines = [arms[arm][key] for arms in seeds.values() if key in arms[arm]]
+            lines = [arms[arm][key] for arms in seeds.values() if arms[arm].get(key)]
             for line in lines:
                 ax.plot(*zip(*line), color=f"C{k % 10}", linewidth=0.7, alpha=0.4)
             if lines:  # the runs of an arm share their steps

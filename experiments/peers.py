@@ -84,7 +84,7 @@ def swin_model(side, tiny, windows=14):
         return create_mixmim("mixmim_b", **size, **(dict(window_size=(14, 8)) if tiny else {}))
     import timm
     # timm shrinks a window to the map, as we do: 14, 14, 14, 7
-    return timm.create_model("swin_base_patch4_window7_224", window_size=windows, **size)
+    return timm.create_model("swin_base_patch4_window7_224", window_size=windows, drop_path_rate=0.0, **size)  # ours has none
 
 
 def image_step(spec, side, device):

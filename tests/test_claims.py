@@ -86,24 +86,67 @@ def test_commands_name_data_and_earlier_runs_instead_of_paths(tmp_path, monkeypa
     bench = lab.Lab(tmp_path / "data", data="data", seed=3)
     monkeypatch.setattr(lab.train, "main", lambda argv: seen.append(argv))
     monkeypatch.setattr(lab, "finished", lambda folder: False)
+    monkeypatch.setattr(lab, "files_in", lambda data: {"train": 50, "val": 0, "test": 2500})
     seen = []
     with pytest.raises(FileNotFoundError):  # nothing was trained
-        bench.train(task="classify", probe=True, img_size=[32, 48], label_smoothing=None, **bench.images(10), init=tmp_path / "data" / "x" / "checkpoint.pt")
+        bench.train(task="classify", probe=True, img_size=[32, 48], label_smoothing=None, **bench.images(100), init=tmp_path / "data" / "x" / "checkpoint.pt")
     assert seen[0][:6] == ["--seed", "3", "--eval-every", "10000", "--task", "classify"] and str(tmp_path / "data" / "x" / "checkpoint.pt") in seen[0]
     told = bench.commands[0]
-    assert "--probe --img-size 32 48 --data folder --data-path DATA --train-images 10 --val-images 2000 --init runs/x/checkpoint.pt" in told
+    assert "--probe --img-size 32 48 --data folder --data-path DATA --train-images 50 --val-images 2000 --init runs/x/checkpoint.pt" in told
     assert str(tmp_path) not in told and "label" not in told
 
 
 @pytest.mark.parametrize("flags, said", [
     (["mirl-dept"], "mirl-depth"), (["mirl-depth", "--seeds", "0"], "--seeds 0"), (["mirl-depth", "--data", "nowhere"], "--data nowhere"),
-    (["mirl-depth", "--budget", "nan"], "--budget"), (["report", "--write", "README.txt"], "README.txt")])
+    (["mirl-depth", "--budget", "nan"], "--budget"), (["list", "mirl-depth"], "'list' stands alone"), (["report", "--results", "nowhere"], "--results nowhere"), (["report", "--write", "README.txt"], "README.txt")])
 def test_bad_input_is_one_sentence(flags, said, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as stopped:
         claims.main(flags)
     error = capsys.readouterr().err
     assert stopped.value.code == 2 and said in error and error.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_a_figure_that_is_no_number_is_stored_as_none_and_judged_as_noise(tmp_path):
+    def make(one):
+        return lab.Claim("", "", {"a": lambda: {"x": math.nan if one.seed == 1 else 2.0, "curve x": [(0, 1.0), (1, math.inf)]}, "b": lambda: {"x": 1.0}},
+                         [lab.Statement("a is ahead", lambda f: f["a"]["x"] - f["b"]["x"])])
+    rows = [row for seed in range(3) for row in lab.measure("c", make, lab.Lab(tmp_path / "runs", seed=seed, say=lambda _: None), tmp_path / "c.jsonl")[1]]
+    claim = make(lab.Lab(tmp_path))
+    assert [row["figures"]["x"] for row in rows if row["arm"] == "a"] == [2.0, None, 2.0] and rows[0]["figures"]["curve x"] is None
+    (_, effects, verdict), = lab.verdicts(claim, rows)
+    assert effects[0] == 1 and math.isnan(effects[1]) and verdict == "too noisy to say"
+    assert "| a | n/a |" in lab.table(claim, rows) and "n/a" in lab.told(claim, rows)
+    lab.draw(tmp_path / "c.png", "c", claim, rows)
+
+
+def test_images_of_generated_scenes_are_judged_by_as_many_as_asked_for():
+    usual = lab.Lab("runs").images(250, val=4000)
+    assert usual == dict(data="shapes", data_size=16000, train_images=250)  # train.py: a quarter of 16,000
+
+
+# what the papers say, as figures: every effect must come out above zero, and turned around below
+AGREEING = {
+    "mirl-depth": {"random, 12 blocks": {"probe %": 30}, "random, 24 blocks": {"probe %": 30}, "MAE, 12 blocks": {"probe %": 40}, "MAE, 24 blocks": {"probe %": 38},
+                   "MIRL, 12 blocks": {"probe %": 41}, "MIRL, 24 blocks": {"probe %": 45}},
+    "mirl-residual": {"MIRL": {"probe %": 45, "error of main 1+4": 1.0, "error of residual 1+4": 1.3, "error of sum 1+4": 0.6, "variance of main 1+4": 0.7,
+                               "variance of residual 1+4": 0.4}, "plain deep supervision": {"probe %": 43}},
+    "mixmim-fill": {"random": {"probe %": 30}, "mix": {"probe %": 46}, "mask symbol": {"probe %": 43}, "mask symbol, equal time": {"probe %": 44}},
+    "detect-init": {"random": {"box AP50": 60, "AP50 early": 40}, "supervised": {"box AP50": 59}, "supervised contrastive (for MoCo v3)": {"box AP50": 59},
+                    "mask symbol (for BEiT)": {"box AP50": 64}, "MAE": {"box AP50": 65, "AP50 early": 50}, "MIRL": {"box AP50": 66}, "MixMIM": {"box AP50": 66}},
+    "sam-accuracy": {f"{net}{how}, {images} images": {"test %": value} for images, values in {
+        "250": {"ViT": (20, 27), "Mixer": (20, 29), "ResNet": (30, 30.1)}, "1,000": {"ViT": (40, 45), "Mixer": (35, 41), "ResNet": (43, 43.2)}}.items()
+        for net, pair in values.items() for how, value in zip(("", " + SAM"), pair)} | {
+        f"{net} for twice the epochs, 1,000 images": {"test %": value} for net, value in (("ViT", 41), ("Mixer", 36), ("ResNet", 43.1))},
+}
+
+
+@pytest.mark.parametrize("name", AGREEING)
+def test_statements_have_the_papers_sign(name):
+    for statement in claims.CLAIMS[name](lab.Lab("runs", data="DATA")).statements:
+        assert statement.effect(AGREEING[name]) > 0, statement.text
+        worse = {arm: {key: -value if "error" not in key and "variance" not in key else 1 / value for key, value in figures.items()} for arm, figures in AGREEING[name].items()}
+        assert statement.effect(worse) < 0, statement.text
 
 
 def test_a_file_that_holds_something_else_is_not_touched(tmp_path, capsys):
