@@ -109,11 +109,12 @@ def main(argv=None):
                 claim = make(lab.Lab("runs"))
                 print(f"{name:18} {claim.paper}: {claim.says}")
         elif flags.names == ["report"]:
+            page = Path(flags.write).read_text() if flags.write else None  # first: if it cannot be read, say so now
             text = report(Path(flags.results))
-            if flags.write is None:
+            if page is None:
                 print(text)
             else:
-                write(Path(flags.write), text)
+                write(Path(flags.write), page, text)
         else:
             for name in CLAIMS if flags.names == ["all"] else flags.names:
                 run(name, flags)
@@ -128,9 +129,8 @@ def main(argv=None):
         raise
 
 
-def write(path, text):
+def write(path, before, text):
     """Between the marks, and nowhere else."""
-    before = path.read_text()
     if not all(before.count(mark) == 1 for mark in MARKS):
         raise ValueError(f"{path} must hold the lines {MARKS[0]!r} and {MARKS[1]!r} once each; add them where the table shall stand")
     pattern = re.compile(f"{re.escape(MARKS[0])}.*?{re.escape(MARKS[1])}", re.DOTALL)

@@ -15,6 +15,7 @@ import bench
 SPEC = dict(bench="attention", device="cpu", window=4, timed=0, model="vit_demo", size=64, blocks="hybrid", bias=True, fused=False, checkpointing=False)
 
 
+@pytest.mark.slow  # starts processes
 def test_a_variant_is_measured_in_a_process_of_its_own():
     few, many = (bench.in_new_process({**SPEC, "blocks": "all global", "size": size}) for size in (64, 128))
     assert few["seconds"] > 0 and few["params"] > 1e6 and few["params"] < many["params"]  # the bias of a larger map

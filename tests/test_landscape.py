@@ -237,6 +237,7 @@ def test_bad_inputs_end_with_one_line_and_nothing_is_written(runs, tmp_path, cap
     assert (runs / "sam" / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.slow  # a process that imports all
 def test_the_script_finds_its_repository_from_any_working_directory(tmp_path):
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, landscape.__file__, "lost.pt"], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)

@@ -274,6 +274,7 @@ def test_accumulation_and_workers_resume_to_the_same_bits(tmp_path, tmp_path_fac
     assert log(tmp_path) == log(whole)
 
 
+@pytest.mark.slow  # three processes with workers; kills at any save are tested above, in this process
 def test_kill_9_with_workers_and_resume_gives_the_same_bits(tmp_path):
     flags = f"{PRETRAIN} --epochs 8"
     run = subprocess.Popen(command(f"{flags} --save-minutes 0 --workers 2 --output-dir {tmp_path / 'cut'}"), cwd=tmp_path,
