@@ -127,8 +127,8 @@ class WindowAttention(nn.Module):
         wh, ww = windows.size
         nh, nw = x.shape[1] // wh, x.shape[2] // ww
         # windows and heads become one dimension, so that the mask need not be repeated over the batch
-        q, k, v = rearrange(self.qkv(x), "b (nh wh) (nw ww) (three h d) -> three b (nh nw h) (wh ww) d",
-                            three=3, wh=wh, ww=ww, h=self.num_heads)
+        q, k, v = (rearrange(part, "b (nh wh) (nw ww) (h d) -> b (nh nw h) (wh ww) d", wh=wh, ww=ww, h=self.num_heads)
+                   for part in self.qkv(x).chunk(3, dim=-1))
         bias = self.bias(wh, ww)
         if windows.mask is not None:
             bias = (bias + windows.mask).flatten(1, 2)  # (b, windows h, N, N)

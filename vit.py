@@ -84,7 +84,8 @@ class Attention(nn.Module):
             self.register_buffer("relative_position_index", index, persistent=False)
 
     def forward(self, x, bias=None, return_attn=False):
-        q, k, v = rearrange(self.qkv(x), "b n (three h d) -> three b h n d", three=3, h=self.num_heads)
+        # split before turning: the three gradients are then joined in one copy, not in two
+        q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in self.qkv(x).chunk(3, dim=-1))
         if hasattr(self, "relative_position_bias_table"):
             own = rearrange(self.relative_position_bias_table[self.relative_position_index], "n m h -> h n m")
             bias = own if bias is None else bias + own

@@ -183,9 +183,25 @@ def variants(flags):
             for size in flags.sizes for bias, fused in kinds for checkpointing in (False, True) for blocks in BLOCKS]
 
 
-def this_machine(device):
+def machine(device):
+    """Where, and by which code, a figure was obtained; gpu only if that is the device, commit only in a git repository."""
+    names = [line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
     gpu = dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}
-    return dict(torch=torch.__version__, threads=torch.get_num_threads(), cores=os.cpu_count(), machine=platform.machine(), **gpu)
+    return dict(processor=(names + [platform.machine()])[0], **gpu, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
+                torch=torch.__version__, torchvision=torchvision.__version__, **commit())
+
+
+def read_lines(path):
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+def commit():
+    """Of the files as they are: with -dirty if they are not as committed."""
+    try:
+        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
+    except OSError:  # no git here
+        return {}
+    return dict(commit=told.stdout.strip()) if told.returncode == 0 else {}
 
 
 def append(row, path):
@@ -209,7 +225,7 @@ def read_rows(path):
 def run(flags):
     if flags.json:
         open(flags.json, "a").close()  # if it cannot be written, say so now
-    machine = this_machine(flags.device)
+    where = machine(flags.device)
     specs, rows, full = variants(flags), [], []
     for number in range(flags.rounds):
         for spec in specs:
@@ -222,7 +238,7 @@ def run(flags):
             measured = in_new_process(spec)
             if measured is None:
                 full.append(spec)
-            rows.append({**spec, **machine, "round": number, **(measured or {"out_of_memory": True})})
+            rows.append({**spec, **where, "round": number, **(measured or {"out_of_memory": True})})
             append(rows[-1], flags.json)
     print(table(rows))
     if getattr(flags, "plot", None):

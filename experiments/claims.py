@@ -70,7 +70,7 @@ def report(folder):
         minutes = sum(row["seconds"] for row in rows) / 60
         data = "" if first["data"] == "shapes" else "--data DATA "
         command = f"`python experiments/claims.py {name} {data}--seeds {len(seeds)}" + (f" --budget {first['budget']:g}" if first["budget"] != 10 else "") + "`"
-        place = f"{first['device']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
+        place = f"{first.get('gpu') or first['processor']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
         seen = [f"{verdict}: {statement.text}, {lab.spread(effects)} {statement.unit}" for statement, effects, verdict in lab.verdicts(claim, rows)]
         lines.append(f"| {claim.paper}: {claim.says} | {command} ({first['data']}; {place}) | {'<br>'.join(seen)} |")
     if len(lines) == 2:

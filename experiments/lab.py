@@ -18,7 +18,7 @@ order, masks and augmentations; the training images and those that judge are the
 A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted one
 goes on where it stopped. Every arm and seed becomes a line of JSON as soon as it is measured.
 
-Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with all it needs.
+Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with all it needs; bench.py beside it.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ import hashlib
 import json
 import math
 import os
-import platform
 import shlex
 import statistics
 import sys
@@ -37,12 +36,13 @@ from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
-import torchvision
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench.py, also when this file is imported
 
 import train
+from bench import machine
 from checkpoints import read_checkpoint
 from data import Images, augmentation, first_of_shuffle, open_source
 
@@ -208,16 +208,6 @@ def multiply_adds(model, img_size, *more):
 # ---------------------------------------------------------------------------- measuring and remembering
 
 
-def machine():
-    """Where and with what a figure was obtained."""
-    name = platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        name = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")), name)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else name
-    return dict(device=device, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(), torch=torch.__version__,
-                torchvision=torchvision.__version__)
-
-
 def read_rows(path):
     """The measurements in a file, a line each; a last line cut by a kill does not count. ValueError if it is another file."""
     rows = []
@@ -247,7 +237,7 @@ def append(path, row):
 
 def measure(name, make, lab, path):
     """All arms of one seed -> rows, each appended to the file at `path` as soon as it is there; what is there is not measured again."""
-    claim, rows = make(lab), []
+    claim, rows, where = make(lab), [], machine("cuda" if torch.cuda.is_available() else "cpu")
     data = claim.data or ("shapes" if lab.data == "shapes" else Path(lab.data).resolve().name)
     what = dict(claim=name, seed=lab.seed, data=data, budget=lab.budget, tiny=lab.tiny)
     known = {row["arm"]: row for row in read_rows(path) if {key: row.get(key) for key in what} == what}
@@ -256,7 +246,7 @@ def measure(name, make, lab, path):
             lab.say(f"{name}, seed {lab.seed}: {arm}")
             lab.commands, began = [], time.monotonic()
             figures = {key: value if finite(value) else None for key, value in function().items()}
-            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), **machine(),
+            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), **where,
                        day=time.strftime("%Y-%m-%d"))
             append(path, row)
             known[arm] = row
@@ -378,7 +368,8 @@ def draw(path, name, claim, rows):
                 ax.plot([x for x, _ in lines[0]], [statistics.fmean(y) for y in zip(*([y for _, y in line] for line in lines))], ".-", color=f"C{k % 10}",
                         label=arm)
         ax.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=textwrap.fill(key.removeprefix("curve "), 34))
-        ax.legend(fontsize=7)
+        if ax.lines:
+            ax.legend(fontsize=7)
         ax.grid(alpha=0.3)
     figure.suptitle(f"{name} ({len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}; bar: mean, dot: seed)")
     figure.savefig(path, dpi=110, format="png")

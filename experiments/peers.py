@@ -41,7 +41,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench.py, also when this file is imported
 
-from bench import append, in_new_process, memory, read_rows, table_head, this_machine
+from bench import append, in_new_process, machine, memory, read_rows, table_head
 
 from mae import MAE
 from mixmim import create_mixmim
@@ -214,11 +214,11 @@ def peak(spec):
 def compare(flags):
     if flags.json:
         open(flags.json, "a").close()  # if it cannot be written, say so now
-    machine = this_machine(flags.device)
+    where = machine(flags.device)
     rows = []
 
     def keep(row):
-        rows.append({**row, **machine})
+        rows.append({**row, **where})
         append(rows[-1], flags.json)
 
     for name in flags.only:

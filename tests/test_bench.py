@@ -15,6 +15,13 @@ import bench
 SPEC = dict(bench="attention", device="cpu", window=4, timed=0, model="vit_demo", size=64, blocks="hybrid", bias=True, fused=False, checkpointing=False)
 
 
+def test_a_figure_says_on_what_and_by_which_code_it_was_obtained(monkeypatch):
+    where = bench.machine("cpu")
+    assert where["torch"] == torch.__version__ and where["threads"] == torch.get_num_threads() and len(where["processor"]) > 2
+    monkeypatch.setenv("PATH", "")  # a machine without git
+    assert "commit" not in bench.machine("cpu")
+
+
 @pytest.mark.slow  # starts processes
 def test_a_variant_is_measured_in_a_process_of_its_own():
     few, many = (bench.in_new_process({**SPEC, "blocks": "all global", "size": size}) for size in (64, 128))

@@ -169,7 +169,7 @@ def test_a_report_goes_between_the_marks_and_nowhere_else(tmp_path, capsys):
         for arm in claim.arms:
             figures = {"probe %": 40.0 + (2 if arm == "MIRL" else 0), **dict.fromkeys(keys, 1.0)}
             lab.append(tmp_path / "mirl-residual.jsonl", dict(claim="mirl-residual", arm=arm, seed=seed, figures=figures, data="cifar10", budget=20, tiny=False, seconds=60.0,
-                                                              device="a machine", threads=1, torch="2.15.0+cpu"))
+                                                              processor="a machine", threads=1, torch="2.15.0+cpu"))
     page = tmp_path / "page.md"
     page.write_text(f"before\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\nafter\n")
     claims.main(["report", "--results", str(tmp_path), "--write", str(page)])
