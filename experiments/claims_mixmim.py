@@ -46,7 +46,7 @@ def mixmim_fill(lab):
     def as_long():
         """The mask symbol's steps are cheaper, as each image is decoded once: as many more images as MixMIM's time allows."""
         ratio = pretrain(lab).seconds / pretrain(lab, fill="mask").seconds
-        return trained_and_probed(lab, images=lab.pick(round(10_000 * ratio, -2), 10_000), fill="mask")
+        return trained_and_probed(lab, images=lab.pick(100 * round(100 * ratio), 10_000), fill="mask")
 
     return Claim("MixMIM", "another image's tokens in the holes are better than a mask symbol", {
         "random": lambda: {"probe %": probe(lab)},
