@@ -337,8 +337,8 @@ def table(rows):
         lines = table_head("detector", "px", "relative bias", "parameters", "training MB", "training s", "inference s")
         for (size, _, _, name, bias), both in cells.items():
             train, test = both.get(True, []), both.get(False, [])
-            lines.append(f"| {name} | {size} | {'yes' if bias else 'no'} | {show(median(train, 'params'), ',.0f')} | {show(median(train, 'peak_mb'), ',.0f')} | "
-                         f"{show(median(train, 'seconds'), '.2f')} | {show(median(test, 'seconds'), '.2f')} |")
+            lines.append(f"| {name} | {size} | {'yes' if bias else 'no'} | {show(median(train, 'params'), ',.0f')} | "
+                         f"{show(median(train, 'peak_mb'), ',.0f')} | {show(median(train, 'seconds'), '.2f')} | {show(median(test, 'seconds'), '.2f')} |")
         return "\n".join(lines)
     for row in rows:
         place = cells.setdefault((row["model"], row["window"], row["device"], row["size"], row["bias"], row["fused"], row["checkpointing"]), {})

@@ -1,7 +1,7 @@
 """Claims: what four papers say, tried at a size that one machine manages, one command each.
 
     python experiments/claims.py mirl-depth --data DATA --seeds 3     trains, measures, compares, judges
-    python experiments/claims.py sam-accuracy --budget 30             longer runs: about 30 minutes a seed on two cores
+    python experiments/claims.py sam-accuracy --budget 30             three times as many epochs
     python experiments/claims.py list                                 every claim in a sentence
     python experiments/claims.py report --write README.md             what the committed results say, as the README's table
 
@@ -56,7 +56,7 @@ def report(folder):
     """Markdown: a row per claim that has results in the folder; of several data sets or budgets the first that was measured."""
     if not folder.is_dir():
         raise ValueError(f"--results {folder} is no folder; give the one that holds the claims' .jsonl files")
-    lines = ["| claim of the paper | command | what we saw, mean ± deviation over seeds, and verdict |", "| --- | --- | --- |"]
+    lines = ["| claim of the paper | command | what we saw, mean ± deviation over seeds: each arm, then verdicts and effects |", "| --- | --- | --- |"]
     for name, make in CLAIMS.items():
         rows = [row for row in lab.read_rows(folder / f"{name}.jsonl") if not row["tiny"]]
         if not rows:
@@ -67,12 +67,16 @@ def report(folder):
         seeds = lab.by_seed(claim, rows)
         if not seeds:
             continue
-        minutes = sum(row["seconds"] for row in rows) / 60
+        minutes = sum(max(row["seconds"], row["training"]) for row in rows if row["seed"] in seeds) / 60
         data = "" if first["data"] == "shapes" else "--data DATA "
         command = f"`python experiments/claims.py {name} {data}--seeds {len(seeds)}" + (f" --budget {first['budget']:g}" if first["budget"] != 10 else "") + "`"
-        place = f"{first.get('gpu') or first['processor']}, {first['threads']} thread{'s' * (first['threads'] > 1)}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
-        seen = [f"{verdict}: {statement.text}, {lab.spread(effects)} {statement.unit}" for statement, effects, verdict in lab.verdicts(claim, rows)]
-        lines.append(f"| {claim.paper}: {claim.says} | {command} ({first['data']}; {place}) | {'<br>'.join(seen)} |")
+        threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
+        place = f"{first.get('gpu') or first['processor']}, {threads}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
+        cells = lab.numbers(claim, rows)
+        key = claim.shown[0] if claim.shown else next(iter(next(iter(cells.values()))))
+        means = f"{key}: " + "; ".join(f"{arm} {lab.spread(figures[key])}" for arm, figures in cells.items() if key in figures)
+        seen = [f"**{verdict}**: {statement.text}, {lab.spread(effects)} {statement.unit}" for statement, effects, verdict in lab.verdicts(claim, rows)]
+        lines.append(f"| {claim.paper}: {claim.says} | {command} ({first['data']}; {place}) | {'<br>'.join([means, *seen])} |")
     if len(lines) == 2:
         raise ValueError(f"--results {folder} holds no results of a claim; run one, and give its --output-dir")
     return "\n".join(lines)
@@ -85,7 +89,7 @@ def main(argv=None):
     flag("--data", default="shapes", help="folder of images, or shapes")
     flag("--seeds", type=int, default=3, help="how many")
     flag("--first-seed", type=int, default=0, help="the seeds are this one and those after it")
-    flag("--budget", type=float, default=10.0, help="minutes per claim and seed on two cores, by which the lengths of all runs scale")
+    flag("--budget", type=float, default=10.0, help="minutes per claim and seed, roughly; the epochs of all runs but probes scale with it")
     flag("--output-dir", default="runs/claims", help="of results, figures and training runs")
     flag("--tiny", action="store_true", help="sizes for a test of the program: nothing is learnt")
     flag("--results", default=str(RESULTS), help="report: where the results lie")

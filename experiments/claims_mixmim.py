@@ -1,7 +1,7 @@
 """What MixMIM claims: fill the holes of one image with another's tokens, and a hierarchical encoder learns more from each pass.
 
 A hierarchical encoder of three stages (48 channels) sees images of 32 px with 4 x 4 squares to hide. The paper's is Swin-B,
-600 times through ImageNet. All runs of the default method are one run, so the claims compare with the same.
+600 times through ImageNet. The claims share the run of the method as it is, and each compares another with it.
 
 Source: MixMIM, Liu et al. 2022, arXiv 2205.13137. Needs: lab.py, claims_mirl.py, train.py with all it needs.
 """
@@ -90,9 +90,8 @@ def mixmim_dual(lab):
         "one": partial(trained_and_probed, lab, single=True),
         "one, twice the steps": partial(trained_and_probed, lab, 2, single=True)}, [
         Statement("both are ahead of one at equal steps", ahead("both", "one")),
-        Statement("both are less than a point behind one with twice the steps", lambda f: 1 + ahead("both", "one, twice the steps")(f), "points of room", 0.1),
-        # a mean over hidden places either way: one of either image's half, both of all
-        Statement("both predict hidden places better than one at equal steps", less("both", "one", "loss"), "% of the loss")], ("probe %", "loss", "minutes"))
+        Statement("both are less than a point behind one with twice the steps", lambda f: 1 + ahead("both", "one, twice the steps")(f),
+                  "points of room", 0.1)], ("probe %", "loss", "minutes"))
 
 
 def mixmim_attention(lab):
@@ -206,7 +205,8 @@ def mixmim_transfer(lab):
             figures["pre-training, 10^12 multiply-adds"] = 3 * seen * multiply_adds(model, args.img_size) / 1e6
         return figures
 
-    arms = {"random": partial(tuned, None), "mask symbol": partial(tuned, partial(pretrain, lab, fill="mask")), "MixMIM": partial(tuned, partial(pretrain, lab)),
+    arms = {"random": partial(tuned, None), "mask symbol": partial(tuned, partial(pretrain, lab, fill="mask")),
+            "MixMIM": partial(tuned, partial(pretrain, lab)),
             "random, ViT": partial(tuned, None, vit=True), "MAE, ViT": partial(tuned, partial(claims_mirl.pretrain, lab, "mae", depth), vit=True)}
     better = partial(ahead, key="fine-tuned %")
     return Claim("MixMIM", "fine-tuned, it is ahead of a mask symbol and of MAE's plain encoder", arms, [

@@ -1,4 +1,4 @@
-"""Curves: a figure of training runs, epoch by epoch, with error bars.
+"""Curves: a figure of training runs, epoch by epoch, with their spread over seeds.
 
     python experiments/curves.py --run "random start" runs/random* --run "MAE" runs/mae* --key box_ap50
 
@@ -61,7 +61,8 @@ def draw(path, groups, rows, key):
     for k, (name, curves) in enumerate(groups.items()):
         for curve in curves:
             ax.plot(list(curve), list(curve.values()), color=f"C{k}", linewidth=0.8, alpha=0.5)
-        ax.plot(list(rows[name]), [mean for mean, _ in rows[name].values()], "o-", color=f"C{k}", linewidth=2, label=f"{name} ({len(curves)} seeds)")
+        label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+        ax.plot(list(rows[name]), [mean for mean, _ in rows[name].values()], "o-", color=f"C{k}", linewidth=2, label=label)
     ax.set(xlabel="training steps", ylabel=key, ylim=(0, None), xlim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend()

@@ -12,8 +12,9 @@ paired effects e_1 .. e_n, one per seed, with the sign the paper expects:
     not seen           it reaches below zero, and not up to `worth`
     too noisy to say   anything else, and always with one seed
 
-Either end of the interval is missed by chance once in twenty, so of many statements some are wrong. Seeds draw weights,
-order, masks and augmentations; the training images and those that judge are the same for all, as in any benchmark.
+The first that applies. Beyond ten seeds t stays that of ten: a little too careful. Either end of the interval is missed by chance once in
+twenty, so of many statements some are wrong. Seeds draw weights, order, masks and augmentations; the training images and those that judge
+are the same for all, as in any benchmark.
 
 A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted one
 goes on where it stopped. Every arm and seed becomes a line of JSON as soon as it is measured.
@@ -87,13 +88,15 @@ class Lab:
     """One seed of a claim: trains what its arms ask for.
 
     data    "shapes", or a folder of images (train/ and val/ or test/, a folder per class)
-    budget  minutes per claim and seed on two cores for which the lengths of runs were chosen; they scale with it
+    budget  minutes per claim and seed that lengths of training were chosen for, roughly: at 10, claims took from 4 to 30 on one core.
+            Epochs scale with it, those of linear probes do not
     tiny    sizes for a test: nothing is learnt
     """
 
     def __init__(self, folder, data="shapes", seed=0, budget=10.0, tiny=False, say=print):
         self.folder, self.data, self.seed, self.budget, self.tiny, self.say = Path(folder), str(data), seed, budget, tiny, say
         self.commands = []  # of the arm being measured
+        self.runs = {}  # folder -> seconds of training, of all that were asked for
 
     def pick(self, usual, tiny):
         return tiny if self.tiny else usual
@@ -103,9 +106,9 @@ class Lab:
         return 1 if self.tiny else max(1, round(usual * self.budget / 10))
 
     def images(self, count, val=2000):
-        """Flags for `count` training images and `val` that judge, or as many as there are."""
+        """Flags for `count` training images and `val` that judge, or as many as there are; of shapes at least `val`."""
         count, val = self.pick((count, val), (min(count, 48), 24))
-        if self.data == "shapes":  # has a quarter as many to judge
+        if self.data == "shapes":  # a quarter of the set judges
             return dict(data="shapes", data_size=max(count, 4 * val), train_images=count)
         there = files_in(self.data)
         return dict(data="folder", data_path=self.data, train_images=min(count, there["train"]), val_images=min(val, there["val"] or there["test"]))
@@ -136,6 +139,7 @@ class Lab:
         steps = epochs[-1]["step"] / len(epochs)  # per epoch; several processes are not for this file
         speeds = [line["img_s"] for line in epochs if line.get("img_s")]  # none in an epoch that ended as the run was stopped
         seconds = len(epochs) * steps * args["batch_size"] * args["accum"] * statistics.fmean(1 / speed for speed in speeds)
+        self.runs[folder] = seconds
         return Run(folder, epochs[-1], seconds)
 
     def load(self, run):
@@ -145,6 +149,12 @@ class Lab:
         model = train.build_model(args, args.num_classes, resumed=True)
         model.load_state_dict(saved["model"])
         return model.eval(), args
+
+
+def untrained(args):
+    """The model of a run as it was before its first step."""
+    torch.manual_seed(args.seed)  # as train.py does
+    return train.build_model(args, args.num_classes, resumed=True).eval()
 
 
 def as_argv(flags):
@@ -244,10 +254,12 @@ def measure(name, make, lab, path):
     for arm, function in claim.arms.items():
         if arm not in known:
             lab.say(f"{name}, seed {lab.seed}: {arm}")
-            lab.commands, began = [], time.monotonic()
+            lab.commands, before, began = [], set(lab.runs), time.monotonic()
             figures = {key: value if finite(value) else None for key, value in function().items()}
-            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), **where,
-                       day=time.strftime("%Y-%m-%d"))
+            # training counts also where another claim had done it, but not twice in one claim
+            training = sum(seconds for folder, seconds in lab.runs.items() if folder not in before)
+            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), training=round(training, 1),
+                       **where, day=time.strftime("%Y-%m-%d"))
             append(path, row)
             known[arm] = row
         rows.append(known[arm])

@@ -108,7 +108,7 @@ def read_run(path):
     if not isinstance(saved.get("args"), dict) or not isinstance(saved.get("model"), dict):
         raise ValueError(f"{path} was not written by train.py; give the checkpoint.pt of a run of train.py --task classify")
     run = argparse.Namespace(**{**train.DEFAULTS["all"], **saved["args"]})  # older files lack newer flags
-    kind = ("is of pre-training" if run.task != "classify" else "is a linear probe, whose encoder that run did not train" if run.probe
+    kind = (f"is of --task {run.task}" if run.task != "classify" else "is a linear probe, whose encoder that run did not train" if run.probe
             else "was trained by --loss supcon and classifies nothing" if getattr(run, "loss", None) == "supcon" else None)
     if kind or "head.weight" not in saved["model"]:
         raise ValueError(f"{path} {kind or 'has no classifier'}; compare runs of train.py --task classify")

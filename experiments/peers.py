@@ -282,10 +282,11 @@ def table(rows):
         images.append(f"| {name} | {package}{attention} | {how} | {batch} | {speed} | {ratio} | {gmacs} | {work} | {share} | {mb} |")
     parts = []
     if images:
-        parts.append(table_head("comparison", "peer", "", "batch", "images/s, ours", "peer", "ratio", "GMAC per image", "images/s x GMAC",
-                                "of the matmul rate", "peak MB") + images)
+        parts.append(table_head("comparison", "peer", "device, precision", "batch", "images/s, ours", "peer's", "ratio",
+                                "10^9 multiply-adds per image, ours / peer's", "per second", "of the matmul rate", "peak MB") + images)
     if sams:
-        parts.append(table_head("SAM's peer", "", "batch", "own part, in AdamW updates, ours", "peer", "images/s of a step, ours", "peer", "ratio", "peak MB") + sams)
+        parts.append(table_head("SAM's peer", "device, precision", "batch", "own part, in AdamW updates, ours", "peer's", "images/s of a step, ours", "peer's",
+                                "ratio", "peak MB, ours / peer's") + sams)
     return "\n\n".join("\n".join(part) for part in parts)
 
 
@@ -294,7 +295,8 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare")
     command.add_argument("--only", nargs="+", default=list(PACKAGES), choices=list(PACKAGES), help="the comparisons (default: all)")
-    command.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"), help="bf16 is autocast, on both sides; minutes a step where the CPU has no instructions for it")
+    command.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"), 
+                         help="bf16 is autocast, on both sides; minutes a step where the CPU has no instructions for it")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--rounds", type=int, default=5)
     command.add_argument("--compile", action="store_true", help="torch.compile on both sides; SAM's halves are eager in any case")

@@ -209,7 +209,7 @@ def refused(capsys, *words):
 
 
 @pytest.mark.parametrize("args, named", [
-    (dict(task="pretrain"), "is of pre-training"), (dict(probe=True), "linear probe"), (dict(loss="supcon"), "supcon"),
+    (dict(task="pretrain"), "is of --task pretrain"), (dict(probe=True), "linear probe"), (dict(loss="supcon"), "supcon"),
     (dict(data="cifar10"), "64 shapes, 32x32 px, 10 classes"), (dict(data_size=128), "128 shapes"), (dict(img_size=[64, 64]), "64x64 px"),
     (dict(seed=0), "same seed"), (dict(depth=3), "depth=3.pt: the weights do not fit")])
 def test_a_run_that_cannot_be_compared_is_refused_in_one_sentence(runs, tmp_path, capsys, args, named):

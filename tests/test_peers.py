@@ -53,6 +53,7 @@ def test_peers_do_the_same_work(name):
         assert ours == 16 * 192 * 32 + 2 * (17 * 12 * 32 * 32 + 2 * 17 * 17 * 32) + 32 * 1000
 
 
+@pytest.mark.slow  # starts processes
 def test_a_comparison_writes_rounds_and_memory_and_skips_a_peer_that_is_not_installed(tmp_path, monkeypatch, capsys):
     pytest.importorskip("timm")
     monkeypatch.setitem(peers.PACKAGES, "mae", "no-such-package-anywhere")
