@@ -53,30 +53,30 @@ def run(name, flags):
 
 
 def report(folder):
-    """Markdown: a row per claim that has results in the folder; of several data sets or budgets the first that was measured."""
+    """Markdown: a row per claim that has results in the folder, and per data set and budget that it was measured with."""
     if not folder.is_dir():
         raise ValueError(f"--results {folder} is no folder; give the one that holds the claims' .jsonl files")
     lines = ["| claim of the paper | command | what we saw, mean ± deviation over seeds: each arm, then verdicts and effects |", "| --- | --- | --- |"]
-    for name, make in CLAIMS.items():
-        rows = [row for row in lab.read_rows(folder / f"{name}.jsonl") if not row["tiny"]]
-        if not rows:
-            continue
-        first = rows[0]
-        rows = [row for row in rows if (row["data"], row["budget"]) == (first["data"], first["budget"])]
-        claim = make(lab.Lab("runs", first["data"], budget=first["budget"]))
+    found = {}
+    for name in CLAIMS:
+        for row in lab.read_rows(folder / f"{name}.jsonl"):
+            if not row["tiny"]:
+                found.setdefault((name, row["data"], row["budget"]), []).append(row)
+    for (name, data, budget), rows in found.items():
+        claim, first = CLAIMS[name](lab.Lab("runs", data, budget=budget)), rows[0]
         seeds = lab.by_seed(claim, rows)
         if not seeds:
             continue
         minutes = sum(max(row["seconds"], row["training"]) for row in rows if row["seed"] in seeds) / 60
-        data = "" if first["data"] == "shapes" else "--data DATA "
-        command = f"`python experiments/claims.py {name} {data}--seeds {len(seeds)}" + (f" --budget {first['budget']:g}" if first["budget"] != 10 else "") + "`"
+        options = ["--data DATA"] * (data != "shapes") + [f"--seeds {len(seeds)}"] + [f"--budget {budget:g}"] * (budget != 10)
+        command = f"`python experiments/claims.py {name} {' '.join(options)}`"
         threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
         place = f"{first.get('gpu') or first['processor']}, {threads}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
         cells = lab.numbers(claim, rows)
         key = claim.shown[0] if claim.shown else next(iter(next(iter(cells.values()))))
         means = f"{key}: " + "; ".join(f"{arm} {lab.spread(figures[key])}" for arm, figures in cells.items() if key in figures)
         seen = [f"**{verdict}**: {statement.text}, {lab.spread(effects)} {statement.unit}" for statement, effects, verdict in lab.verdicts(claim, rows)]
-        lines.append(f"| {claim.paper}: {claim.says} | {command} ({first['data']}; {place}) | {'<br>'.join([means, *seen])} |")
+        lines.append(f"| {claim.paper}: {claim.says} | {command} ({data}; {place}) | {'<br>'.join([means, *seen])} |")
     if len(lines) == 2:
         raise ValueError(f"--results {folder} holds no results of a claim; run one, and give its --output-dir")
     return "\n".join(lines)
