@@ -121,6 +121,13 @@ def test_a_figure_that_is_no_number_is_stored_as_none_and_judged_as_noise(tmp_pa
     lab.draw(tmp_path / "c.png", "c", claim, rows)
 
 
+def test_training_that_arms_share_counts_once(tmp_path):
+    def make(one):
+        return lab.Claim("", "", {"a": lambda: one.runs.update(x=60.0) or {"y": 1}, "b": lambda: one.runs.update(x=60.0, z=5.0) or {"y": 2}}, [])
+    _, rows = lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), tmp_path / "c.jsonl")
+    assert [row["training"] for row in rows] == [60.0, 5.0] and all(row["torch"] and row["processor"] for row in rows)
+
+
 def test_images_of_generated_scenes_are_judged_by_as_many_as_asked_for():
     usual = lab.Lab("runs").images(250, val=4000)
     assert usual == dict(data="shapes", data_size=16000, train_images=250)  # train.py: a quarter of 16,000
