@@ -96,7 +96,7 @@ class Lab:
     def __init__(self, folder, data="shapes", seed=0, budget=10.0, tiny=False, say=print):
         self.folder, self.data, self.seed, self.budget, self.tiny, self.say = Path(folder), str(data), seed, budget, tiny, say
         self.commands = []  # of the arm being measured
-        self.runs = {}  # folder -> seconds of training, of all that were asked for
+        self.runs = {}  # name -> seconds of training, of all that were asked for
 
     def pick(self, usual, tiny):
         return tiny if self.tiny else usual
@@ -139,7 +139,7 @@ class Lab:
         steps = epochs[-1]["step"] / len(epochs)  # per epoch; several processes are not for this file
         speeds = [line["img_s"] for line in epochs if line.get("img_s")]  # none in an epoch that ended as the run was stopped
         seconds = len(epochs) * steps * args["batch_size"] * args["accum"] * statistics.fmean(1 / speed for speed in speeds)
-        self.runs[folder] = seconds
+        self.runs[f"runs/{folder.name}"] = seconds
         return Run(folder, epochs[-1], seconds)
 
     def load(self, run):
@@ -254,10 +254,11 @@ def measure(name, make, lab, path):
     for arm, function in claim.arms.items():
         if arm not in known:
             lab.say(f"{name}, seed {lab.seed}: {arm}")
-            lab.commands, before, began = [], set(lab.runs), time.monotonic()
+            lab.commands, began = [], time.monotonic()
             figures = {key: value if finite(value) else None for key, value in function().items()}
-            # training counts also where another claim had done it, but not twice in one claim
-            training = sum(seconds for folder, seconds in lab.runs.items() if folder not in before)
+            # training counts also where another claim had done it, but not twice in one claim and seed
+            before = {command.split()[-1] for row in known.values() for command in row["commands"]}
+            training = sum(seconds for run, seconds in lab.runs.items() if run not in before)
             row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), training=round(training, 1),
                        **where, day=time.strftime("%Y-%m-%d"))
             append(path, row)

@@ -122,10 +122,19 @@ def test_a_figure_that_is_no_number_is_stored_as_none_and_judged_as_noise(tmp_pa
 
 
 def test_training_that_arms_share_counts_once(tmp_path):
+    def arm(one, **runs):
+        one.runs.update(runs)
+        one.commands += [f"python train.py --output-dir {name}" for name in runs]
+        return {"y": 1}
+
     def make(one):
-        return lab.Claim("", "", {"a": lambda: one.runs.update(x=60.0) or {"y": 1}, "b": lambda: one.runs.update(x=60.0, z=5.0) or {"y": 2}}, [])
-    _, rows = lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), tmp_path / "c.jsonl")
+        return lab.Claim("", "", {"a": lambda: arm(one, x=60.0), "b": lambda: arm(one, x=60.0, z=5.0)}, [])
+
+    file = tmp_path / "c.jsonl"
+    _, rows = lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), file)
     assert [row["training"] for row in rows] == [60.0, 5.0] and all(row["torch"] and row["processor"] for row in rows)
+    file.write_text(file.read_text().splitlines(keepends=True)[0])  # stopped in between: the same on another day
+    assert [row["training"] for row in lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), file)[1]] == [60.0, 5.0]
 
 
 def test_images_of_generated_scenes_are_judged_by_as_many_as_asked_for():
