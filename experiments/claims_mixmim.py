@@ -77,7 +77,7 @@ def mixmim_fill(lab):
         "mask symbol": partial(trained_and_probed, lab, fill="mask"),
         "mask symbol, equal time": as_long}, [
         Statement("mixing is ahead of the symbol at equal steps", ahead("mix", "mask symbol")),
-        Statement("mixing is ahead of the symbol at equal time", ahead("mix", "mask symbol, equal time"))], ("probe %", "minutes"))
+        Statement("mixing is ahead of the symbol at equal time", ahead("mix", "mask symbol, equal time"))], ("probe %", "loss"))
 
 
 # ---------------------------------------------------------------------------- the parts of the method
