@@ -15,14 +15,13 @@ through the logarithms. Depth and batch should give 1; tokens 1 while the layers
 does; processes 0, for each has a batch of its own (data parallel, on the processes axis one thread each).
 Over a short range fixed costs pull a below these.
 
-Needs: torch, torchvision, einops; detect.py, mae.py, vit.py, resnet.py with what they need; matplotlib for the figure. Unix.
+Needs: torch, torchvision, einops; machine.py beside it, detect.py, mae.py, vit.py, resnet.py with what they need; matplotlib for the figure. Unix.
 """
 
 import argparse
 import json
 import math
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -37,6 +36,9 @@ import torchvision
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # machine.py, also when this file is imported
+
+from machine import machine
 
 from detect import ViTPyramid, vit_mask_rcnn
 from mae import MAE
@@ -181,27 +183,6 @@ def variants(flags):
         kinds.append((True, True))
     return [dict(shared, model=flags.model, size=size, blocks=blocks, bias=bias, fused=fused, checkpointing=checkpointing)
             for size in flags.sizes for bias, fused in kinds for checkpointing in (False, True) for blocks in BLOCKS]
-
-
-def machine(device):
-    """Where, and by which code, a figure was obtained; gpu only if that is the device, commit only in a git repository."""
-    names = [line.split(":")[1].strip() for line in read_lines("/proc/cpuinfo") if line.startswith("model name")]
-    gpu = dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}
-    return dict(processor=(names + [platform.machine()])[0], **gpu, cores=os.cpu_count(), threads=torch.get_num_threads(), python=platform.python_version(),
-                torch=torch.__version__, torchvision=torchvision.__version__, **commit())
-
-
-def read_lines(path):
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-def commit():
-    """Of the files as they are: with -dirty if they are not as committed."""
-    try:
-        told = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    except OSError:  # no git here
-        return {}
-    return dict(commit=told.stdout.strip()) if told.returncode == 0 else {}
 
 
 def append(row, path):

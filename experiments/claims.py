@@ -10,7 +10,7 @@ DATA is a folder of images (train/ and val/ or test/, a folder per class), or "s
 that stands in lab.py; writes NAME.jsonl and NAME.png to the output folder; and goes on where it was interrupted, also on another day.
 
 Sources: MIRL, arXiv 2309.14136; SAM for ViT and Mixer, 2106.01548; MixMIM, 2205.13137; detection with ViTs, 2111.11429.
-Needs: torch, torchvision, einops, tqdm (matplotlib for figures, pycocotools for detection); lab.py and the claims_*.py beside it.
+Needs: torch, torchvision, einops, tqdm (matplotlib for figures, pycocotools for detection); lab.py, machine.py, bench.py and the claims_*.py beside it.
 """
 
 import argparse
@@ -67,19 +67,19 @@ def report(folder):
         seeds = lab.by_seed(claim, rows)
         if not seeds:
             continue
-        minutes = sum(max(row["seconds"], row["training"]) for row in rows if row["seed"] in seeds) / 60
+        minutes = sum(row["seconds"] + row["trained_before"] for row in rows if row["seed"] in seeds) / 60
         options = ["--data DATA"] * (data != "shapes") + [f"--seeds {len(seeds)}"] + [f"--budget {budget:g}"] * (budget != 10)
         command = f"`python experiments/claims.py {name} {' '.join(options)}`"
         threads = f"{first['threads']} thread{'s' * (first['threads'] > 1)}"
         place = f"{first.get('gpu') or first['processor']}, {threads}, torch {first['torch'].split('+')[0]}, {minutes:.0f} min"
-        cells = lab.numbers(claim, rows)
-        key = claim.shown[0] if claim.shown else next(iter(next(iter(cells.values()))))
-        means = f"{key}: " + "; ".join(f"{arm} {lab.spread(figures[key])}" for arm, figures in cells.items() if key in figures)
+        key = claim.shown[0]
+        means = f"{key}: " + "; ".join(f"{arm} {lab.spread(figures[key])}" for arm, figures in lab.numbers(claim, rows).items() if key in figures)
         seen = [f"**{verdict}**: {statement.text}, {lab.spread(effects)} {statement.unit}" for statement, effects, verdict in lab.verdicts(claim, rows)]
         lines.append(f"| {claim.paper}: {claim.says} | {command} ({data}; {place}) | {'<br>'.join([means, *seen])} |")
     if len(lines) == 2:
         raise ValueError(f"--results {folder} holds no results of a claim; run one, and give its --output-dir")
-    return "\n".join(lines)
+    missing = [name for name in CLAIMS if name not in {name for name, *_ in found}]
+    return "\n".join(lines) + (f"\n\nNot run in full: {', '.join(missing)}." if missing else "")
 
 
 def main(argv=None):

@@ -114,9 +114,9 @@ def mirl_residual(lab):
     return Claim("MIRL", "shallow segments predict the image's main component, deep ones a smaller residual; the pairing is what helps",
                  {"MIRL": paired, "plain deep supervision": plain}, [
         Statement("pairing is ahead of plain deep supervision", lambda f: f["MIRL"]["probe %"] - f["plain deep supervision"]["probe %"]),
-        Statement("the sum's error is below the main component's", lambda f: share(f, "error of sum", "error of main"), "% of it", 2),
-        Statement("the main component's error is below the residual's", lambda f: share(f, "error of main", "error of residual"), "% of it", 2),
-        Statement("the residual varies less than the main component", lambda f: share(f, "variance of residual", "variance of main"), "% of it", 5)],
+        Statement("in the outermost pair the sum's error is below the main component's", lambda f: share(f, "error of sum", "error of main"), "% of it", 2),
+        Statement("in the outermost pair the main component's error is below the residual's", lambda f: share(f, "error of main", "error of residual"), "% of it", 2),
+        Statement("in the outermost pair the residual varies less than the main component", lambda f: share(f, "variance of residual", "variance of main"), "% of it", 5)],
         ("probe %",) + tuple(f"{what} 1+{lab.pick(4, 2)}" for what in ("error of main", "error of residual", "error of sum")))
 
 
@@ -229,7 +229,7 @@ def mirl_layers(lab):
     def flatter(when):
         return lambda f: f["MAE"][f"gradient span, {when}"] - f["MIRL"][f"gradient span, {when}"]
 
-    return Claim("MIRL", "plain masked modelling serves the last blocks badly: features are best before them; MIRL's gradients reach all depths alike", {
+    return Claim("MIRL", "plain masked modelling serves the last blocks badly: features are best before them; MIRL's gradients reach all depths alike (as remembered)", {
         "random": profile,
         "MAE": partial(arm, "mae"),
         "MIRL": partial(arm, "mirl")}, [
@@ -262,7 +262,7 @@ def mirl_shape(lab):
     def ahead(f, name):  # by fine-tuning: a probe reads 64 features of one, 112 of the other
         return f[f"{name}, {deep}"]["fine-tuned %"] - f[f"{name}, {wide}"]["fine-tuned %"]
 
-    return Claim("MIRL", "at equal multiply-adds a deep and narrow encoder is better than a wide and shallow one, with MIRL", {
+    return Claim("MIRL", "at equal multiply-adds a deep and narrow encoder is better than a wide and shallow one, with MIRL (as remembered)", {
         f"{name}, {depth} x {width}": partial(arm, method, depth, width, heads)
         for name, method in (("random", None), ("MAE", "mae"), ("MIRL", "mirl")) for depth, width, heads in shapes}, [
         Statement("under MIRL deep and narrow is ahead", lambda f: ahead(f, "MIRL")),
@@ -283,7 +283,7 @@ def mirl_time(lab):
     """Minutes are those of the runs, wherever and beside whatever they were made; multiply-adds do not depend on that.
 
     The long decoder has the eight blocks of MAE's paper, not its 512 channels: as wide as the others, it costs twice a short one. MAE with a
-    short one is shown, as a measure of what the decoder costs; MIRL's paper does not speak of it.
+    short one is shown, as a measure of what the decoder costs; we know of no claim about it.
     """
     depth = lab.pick(24, 4)
     by_minutes, by_work = "curve by minutes of pre-training", "curve by 10^12 multiply-adds"
@@ -307,7 +307,7 @@ def mirl_time(lab):
         common = min(max(x for x, _ in f[name][key]) for name in (mirl, paper))
         return between(f[mirl][key], common) - between(f[paper][key], common)
 
-    return Claim("MIRL", "in equal time MIRL, with its small decoders, is ahead of MAE", {name: partial(arm, *how) for name, how in arms.items()}, [
+    return Claim("MIRL", "in equal time MIRL, with its small decoders, is ahead of MAE (as remembered)", {name: partial(arm, *how) for name, how in arms.items()}, [
         Statement("in equal time MIRL is ahead of MAE with a decoder of eight blocks", lambda f: ahead(f, by_minutes)),
         Statement("with equal multiply-adds MIRL is ahead of MAE with a decoder of eight blocks", lambda f: ahead(f, by_work))],
         ("probe %", "minutes"), ("", "probe %"))

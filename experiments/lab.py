@@ -19,7 +19,7 @@ are the same for all, as in any benchmark.
 A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted one
 goes on where it stopped. Every arm and seed becomes a line of JSON as soon as it is measured.
 
-Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with all it needs; bench.py beside it.
+Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with all it needs; machine.py beside it.
 """
 
 import contextlib
@@ -40,10 +40,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench.py, also when this file is imported
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # machine.py, also when this file is imported
 
 import train
-from bench import machine
+from machine import machine
 from checkpoints import read_checkpoint
 from data import Images, augmentation, first_of_shuffle, open_source
 
@@ -88,15 +88,15 @@ class Lab:
     """One seed of a claim: trains what its arms ask for.
 
     data    "shapes", or a folder of images (train/ and val/ or test/, a folder per class)
-    budget  minutes per claim and seed that lengths of training were chosen for, roughly: at 10, claims took from 4 to 30 on one core.
-            Epochs scale with it, those of linear probes do not
+    budget  minutes per claim and seed that lengths of training were chosen for, roughly: at 10, claims took from 13 to 38 on one busy
+            core. Epochs scale with it, those of linear probes do not
     tiny    sizes for a test: nothing is learnt
     """
 
     def __init__(self, folder, data="shapes", seed=0, budget=10.0, tiny=False, say=print):
         self.folder, self.data, self.seed, self.budget, self.tiny, self.say = Path(folder), str(data), seed, budget, tiny, say
         self.commands = []  # of the arm being measured
-        self.runs = {}  # name -> seconds of training, of all that were asked for
+        self.reused = {}  # name -> seconds of training, of runs that were there before they were asked for
 
     def pick(self, usual, tiny):
         return tiny if self.tiny else usual
@@ -126,7 +126,8 @@ class Lab:
         if told.get("data_path") == self.data:
             told["data_path"] = "DATA"
         self.commands.append(f"python train.py {shlex.join(as_argv({**told, 'output_dir': f'runs/{folder.name}'}))}")
-        if not finished(folder):
+        reused = finished(folder)
+        if not reused:
             self.say(f"  {self.commands[-1]}")
             self.folder.mkdir(parents=True, exist_ok=True)
             with open(f"{folder}.txt", "a") as output, contextlib.redirect_stdout(output), alone(output):
@@ -139,7 +140,8 @@ class Lab:
         steps = epochs[-1]["step"] / len(epochs)  # per epoch; several processes are not for this file
         speeds = [line["img_s"] for line in epochs if line.get("img_s")]  # none in an epoch that ended as the run was stopped
         seconds = len(epochs) * steps * args["batch_size"] * args["accum"] * statistics.fmean(1 / speed for speed in speeds)
-        self.runs[f"runs/{folder.name}"] = seconds
+        if reused:
+            self.reused[f"runs/{folder.name}"] = seconds
         return Run(folder, epochs[-1], seconds)
 
     def load(self, run):
@@ -224,7 +226,8 @@ def read_rows(path):
     for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
             row = json.loads(line)
-            [row[key] for key in ("claim", "arm", "seed", "figures", "data", "budget", "tiny", "seconds")]
+            [row[key] for key in ("claim", "arm", "seed", "figures", "data", "budget", "tiny", "commands", "seconds", "trained_before", "processor",
+                                  "threads", "torch")]
         except (ValueError, KeyError, TypeError):
             raise ValueError(f"{path} line {number} is no measurement of a claim; move that file away or give another folder") from None
         rows.append(row)
@@ -256,10 +259,10 @@ def measure(name, make, lab, path):
             lab.say(f"{name}, seed {lab.seed}: {arm}")
             lab.commands, began = [], time.monotonic()
             figures = {key: value if finite(value) else None for key, value in function().items()}
-            # training counts also where another claim had done it, but not twice in one claim and seed
-            before = {command.split()[-1] for row in known.values() for command in row["commands"]}
-            training = sum(seconds for run, seconds in lab.runs.items() if run not in before)
-            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), training=round(training, 1),
+            # what another claim trained counts too, but nothing twice in one claim and seed; the last word of a command is its run
+            here = {command.split()[-1] for row in known.values() for command in row["commands"]}
+            before = sum(seconds for run, seconds in lab.reused.items() if run not in here)
+            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), trained_before=round(before, 1),
                        **where, day=time.strftime("%Y-%m-%d"))
             append(path, row)
             known[arm] = row

@@ -21,7 +21,7 @@ the rounds' ratios of images/s, so a slow minute hits both sides. The share of t
 forward pass / seconds / the rate of that multiplication in the same round. Multiply-adds are counted by torch
 with attention written out, so that no fused kernel hides them. Memory is measured as in bench.py, each side in a process of its own.
 
-Needs: torch, einops; bench.py beside it, mae.py, mixmim.py, sam.py, vit.py with what they need; the peers' packages. Unix.
+Needs: torch, einops; bench.py and machine.py beside it, mae.py, mixmim.py, sam.py, vit.py with what they need; the peers' packages. Unix.
 """
 
 import argparse
@@ -41,7 +41,8 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench.py, also when this file is imported
 
-from bench import append, in_new_process, machine, memory, read_rows, table_head
+from bench import append, in_new_process, memory, read_rows, table_head
+from machine import machine
 
 from mae import MAE
 from mixmim import create_mixmim
@@ -283,7 +284,7 @@ def table(rows):
     parts = []
     if images:
         parts.append(table_head("comparison", "peer", "device, precision", "batch", "images/s, ours", "peer's", "ratio",
-                                "10^9 multiply-adds per image, ours / peer's", "per second", "of the matmul rate", "peak MB") + images)
+                                "10^9 multiply-adds per image, ours / peer's", "10^9 per second", "of the matmul rate", "peak MB") + images)
     if sams:
         parts.append(table_head("SAM's peer", "device, precision", "batch", "own part, in AdamW updates, ours", "peer's", "images/s of a step, ours", "peer's",
                                 "ratio", "peak MB, ours / peer's") + sams)
@@ -295,7 +296,7 @@ def main(argv=None):
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("compare")
     command.add_argument("--only", nargs="+", default=list(PACKAGES), choices=list(PACKAGES), help="the comparisons (default: all)")
-    command.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"), 
+    command.add_argument("--precisions", nargs="+", default=["fp32"], choices=("fp32", "bf16"),
                          help="bf16 is autocast, on both sides; minutes a step where the CPU has no instructions for it")
     command.add_argument("--batch-size", type=int, default=8)
     command.add_argument("--rounds", type=int, default=5)

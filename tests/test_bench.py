@@ -11,15 +11,16 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "experiments"))
 
 import bench
+import machine
 
 SPEC = dict(bench="attention", device="cpu", window=4, timed=0, model="vit_demo", size=64, blocks="hybrid", bias=True, fused=False, checkpointing=False)
 
 
 def test_a_figure_says_on_what_and_by_which_code_it_was_obtained(monkeypatch):
-    where = bench.machine("cpu")
+    where = machine.machine("cpu")
     assert where["torch"] == torch.__version__ and where["threads"] == torch.get_num_threads() and len(where["processor"]) > 2
     monkeypatch.setenv("PATH", "")  # a machine without git
-    assert "commit" not in bench.machine("cpu")
+    assert "commit" not in machine.machine("cpu")
 
 
 @pytest.mark.slow  # starts processes

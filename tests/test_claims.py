@@ -121,10 +121,10 @@ def test_a_figure_that_is_no_number_is_stored_as_none_and_judged_as_noise(tmp_pa
     lab.draw(tmp_path / "c.png", "c", claim, rows)
 
 
-def test_training_that_arms_share_counts_once(tmp_path):
-    def arm(one, **runs):
-        one.runs.update(runs)
-        one.commands += [f"python train.py --output-dir {name}" for name in runs]
+def test_training_done_before_counts_once(tmp_path):
+    def arm(one, **reused):
+        one.reused.update(reused)
+        one.commands += [f"python train.py --output-dir {name}" for name in reused]
         return {"y": 1}
 
     def make(one):
@@ -132,9 +132,9 @@ def test_training_that_arms_share_counts_once(tmp_path):
 
     file = tmp_path / "c.jsonl"
     _, rows = lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), file)
-    assert [row["training"] for row in rows] == [60.0, 5.0] and all(row["torch"] and row["processor"] for row in rows)
+    assert [row["trained_before"] for row in rows] == [60.0, 5.0] and all(row["torch"] and row["processor"] for row in rows)
     file.write_text(file.read_text().splitlines(keepends=True)[0])  # stopped in between: the same on another day
-    assert [row["training"] for row in lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), file)[1]] == [60.0, 5.0]
+    assert [row["trained_before"] for row in lab.measure("c", make, lab.Lab(tmp_path / "runs", say=lambda _: None), file)[1]] == [60.0, 5.0]
 
 
 def test_images_of_generated_scenes_are_judged_by_as_many_as_asked_for():
@@ -252,7 +252,7 @@ def test_a_report_goes_between_the_marks_and_nowhere_else(tmp_path, capsys):
         for arm in claim.arms:
             figures = {"probe %": 40.0 + (2 if arm == "MIRL" else 0), **dict.fromkeys(keys, 1.0)}
             lab.append(tmp_path / "mirl-residual.jsonl", dict(
-                claim="mirl-residual", arm=arm, seed=seed, figures=figures, data="cifar10", budget=20, tiny=False, seconds=2.0, training=60.0,
+                claim="mirl-residual", arm=arm, seed=seed, figures=figures, data="cifar10", budget=20, tiny=False, commands=[], seconds=2.0, trained_before=58.0,
                 processor="a machine", threads=1, torch="2.15.0+cpu"))
     page = tmp_path / "page.md"
     page.write_text(f"before\n{claims.MARKS[0]}\nold\n{claims.MARKS[1]}\nafter\n")
@@ -260,6 +260,7 @@ def test_a_report_goes_between_the_marks_and_nowhere_else(tmp_path, capsys):
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     row = next(line for line in text.splitlines() if "mirl-residual" in line)
+    assert "Not run in full: mirl-depth, mirl-truncate" in text
     assert "--data DATA --seeds 3 --budget 20`" in row and "6 min" in row
     assert "**agrees**: pairing is ahead of plain deep supervision, 2.00 ± 0.00 points" in row
     assert "probe %: MIRL 42.0 ± 0.0; plain deep supervision 40.0 ± 0.0<br>" in row
