@@ -254,7 +254,8 @@ def table(rows):
         raise ValueError("the file holds other rows than those of peers.py compare, or none; give the file of its --json")
     groups = {}
     for row in rows:
-        key = tuple(row[k] for k in ("peer", "package", "precision", "compiled", "batch", "device", "threads", "tiny"))
+        # rounds of other code are another line; the first lines of this kind knew no commit
+        key = tuple(row.get(k) for k in ("peer", "package", "precision", "compiled", "batch", "device", "threads", "tiny", "commit"))
         groups.setdefault(key, []).append(row)
     images, sams = [], []
     for (name, package, precision, compiled, batch, device, *_), some in groups.items():
