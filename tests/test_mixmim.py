@@ -764,7 +764,7 @@ def test_masks_are_cut_once_per_stage_and_kind_and_not_repeated_over_the_batch(n
 
 @pytest.mark.parametrize("encoder", [lambda: swin(img_size=16, depths=(1,), num_heads=(2,), window_size=(2,)),
                                      pytest.param(lambda: swin(img_size=(24, 40), depths=(2, 1), shift=True), marks=pytest.mark.slow),
-                                     lambda: create_vit("vit_demo", img_size=16, embed_dim=24, depth=1)],
+                                     pytest.param(lambda: create_vit("vit_demo", img_size=16, embed_dim=24, depth=1), marks=pytest.mark.slow)],
                          ids=["windows", "padded and shifted", "vit"])
 def test_compiling_it_breaks_no_graph_and_changes_no_number(encoder):
     torch._dynamo.reset()
