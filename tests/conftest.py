@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 SHARED = ("two_processes", "ranks", "outcomes", "runs", "folder", "litter", "detected", "segmented", "mixed", "default_run", "pretrained")
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
 def pytest_collection_modifyitems(items):
     """`pytest -n 2 --dist loadgroup` gives tests that share one of them to one process; two would make it twice."""
     for item in items:

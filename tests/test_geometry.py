@@ -286,7 +286,7 @@ def test_the_surface_of_a_quadratic_is_the_hand_computed_one(dims):
         model.weight.copy_(torch.tensor([[3.0, 0, 4], [0, 2, 0]]))
 
     def loss_fn():
-        return (model.weight**2).sum() / 2 + 100 * model.bias.sum() - 100 * model.bias.detach().sum()
+        return (model.weight**2).sum() / 2 + 100 * (model.bias.sum() - model.bias.detach().sum())  # in this order exactly zero
 
     found = loss_surface(model, loss_fn, radius=2.0, steps=5, dims=dims, seed=3)
     assert found.coordinates.tolist() == [-2, -1, 0, 1, 2]
