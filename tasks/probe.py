@@ -20,8 +20,9 @@ from tasks.classify import draw, evaluate, predict  # noqa: F401  the same as th
 from training import encoders, sources
 
 DEFAULTS = dict(epochs=50, batch_size=256, blr=0.2, weight_decay=0.0, beta2=0.999)
-SAME_AS_PRETRAINING = ("data", "data_path", "data_size", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers",
-                       "device", "precision", "model", *encoders.SIZES, "img_size")  # in the default run
+SAME_AS_PRETRAINING = (  # the flags that the default run hands on
+    "data", "data_path", "data_size", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers", "device",
+    "precision", "model", "img_size", *encoders.SIZES)
 
 
 def add_flags(flag):

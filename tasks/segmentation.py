@@ -49,9 +49,11 @@ def complete(args):
 
 def open_data(args, world):
     size = tuple(args.img_size)
-    options = dict(img_size=size, size=args.data_size)
-    source = open_semantic(args.data, args.data_path, True, **options)
-    found = split_scenes(args, source, None if args.eval_train else open_semantic(args.data, args.data_path, False, **options))
+    source = open_semantic(args.data, args.data_path, True, size, args.data_size)
+    held_out = None
+    if not args.eval_train:
+        held_out = open_semantic(args.data, args.data_path, False, size, args.data_size)
+    found = split_scenes(args, source, held_out)
     jitter = None if args.jitter in (None, [0, 0]) else args.jitter
     train = Segmentations(found.train, size, jitter is not None, seed=args.seed, indices=found.indices,
                           scale_range=jitter or (1.0, 1.0))
@@ -63,10 +65,18 @@ def open_data(args, world):
 
 def build(args, data, world):
     encoder = build_encoder(args, data, world)
-    window = (args.window_size or [14])[0]
-    model = UperNet(encoder, len(data.classes), args.channels, min(256, args.channels), args.norm, window_size=window,
-                    global_blocks=args.global_blocks or "all", pyramid=args.pyramid or "taps", checkpointing=bool(args.checkpointing),
-                    img_size=tuple(args.img_size))
+    model = UperNet(
+        encoder,
+        len(data.classes),
+        channels=args.channels,
+        aux_channels=min(256, args.channels),
+        norm=args.norm,
+        window_size=args.window_size[0] if args.window_size else 14,
+        global_blocks=args.global_blocks or "all",
+        pyramid=args.pyramid or "taps",
+        checkpointing=bool(args.checkpointing),
+        img_size=tuple(args.img_size),
+    )
     describe_positions(model.pyramid, args, world)
     return synchronized(model, world)
 

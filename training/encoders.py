@@ -123,9 +123,10 @@ def inherit(args, default_model="vit_demo", **defaults):
 def take_over(args, saved):
     """A checkpoint of ours: what the flags leave open is the file's; what they contradict is an error."""
     values = {name: saved.get(name) or None for name in ("model", *SIZES)}
-    # none of our own MixMIM encoders has a class token; older files do not say so
-    without = saved.get("class_token") is False or saved.get("method") == "mixmim" and saved.get("model") in vit.PRESETS
-    values["class_token"] = False if without else None
+    # a ViT pre-trained by MixMIM has no class token; older files do not say so
+    by_mixmim = saved.get("method") == "mixmim" and saved.get("model") in vit.PRESETS
+    if by_mixmim or saved.get("class_token") is False:
+        values["class_token"] = False
     for name, value in values.items():
         given = getattr(args, name)
         if given is None:
