@@ -27,7 +27,6 @@ import time
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -67,13 +66,14 @@ def fit(args, task, world, run, stop):
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=world.device_ids)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=world.bf16(args.precision))
+    autocast = world.autocast(args.precision)
 
     # steps, batches, optimizer
     plan = plan_steps(args, len(data.train), world.size)
     batches, loader, val_loader = make_loaders(args, data, plan, world)
     optimizer = optim.build_optimizer(learner, args)
     sam = args.optimizer == "sam"
+    statistics = optim.batch_statistics(learner)
 
     # where to start: at the beginning, or where the last checkpoint was
     at = run.restore(plan, model=model, optimizer=optimizer, ema=ema)
@@ -84,12 +84,11 @@ def fit(args, task, world, run, stop):
     run.open(data)
 
     learner.train()
-    bad_in_a_row = 0
     for epoch in range(at.epoch, args.epochs):
         first = at.step - epoch * plan.steps_per_epoch
         batches.epoch, batches.start = epoch, first * args.accum
-        stream = iter(loader)
-        clock, waited, images = time.monotonic(), 0.0, 0
+        stream, clock = iter(loader), time.monotonic()
+        waited, images = 0.0, 0
         bar = world.progress(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}")
         for _ in bar:
             # learning rate
@@ -107,37 +106,36 @@ def fit(args, task, world, run, stop):
 
             def closure():
                 nonlocal bad, stopped
-                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # equal dropout in both passes
+                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # SAM: equal dropout twice
                 optimizer.zero_grad()
-                total = 0.0
-                for n, batch in enumerate(window, start=1):
-                    # DDP averages the gradients once per step, in the last backward pass
-                    alone = world.size == 1 or n == len(window)
-                    with nullcontext() if alone else wrapped.no_sync():
-                        with autocast:
-                            loss = task.loss(wrapped, batch, args, data) / len(window)
-                        loss.backward()
-                    total += loss.item()
+                parts = backward(window, wrapped, task, args, data, world, autocast)
+                climbs = sam and not losses  # only the direction of this gradient counts
+                norm = optim.clip_gradients(learner, None if climbs else args.clip_grad)
 
                 # one decision for all ranks: the mean loss, a fault anywhere, a signal anywhere
-                mean, faults, stops = world.sum([total, not math.isfinite(total), stop.signal is not None])
-                losses.append(mean / world.size)
-                bad, stopped = bad or faults > 0, stops > 0
+                *parts, norm = torch.stack([*parts, norm]).tolist()
+                loss = sum(parts)
+                faulty = not math.isfinite(loss + norm)
+                total, faults, stops = world.sum([loss, faulty, stop.signal is not None])
+                losses.append(total / world.size)
+                bad = bad or faults > 0
+                stopped = stops > 0
                 if bad and not sam:
                     optimizer.zero_grad()  # without gradients a step changes nothing
-                elif args.clip_grad and (not sam or len(losses) == 2):  # SAM's first gradient is a direction only
-                    nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
-                return torch.tensor(math.nan if bad else total)
+                return torch.tensor(math.nan if bad else loss)
 
             # step; SAM climbs with each rank's own gradient, and averages the second one only
+            before = [buffer.clone() for buffer in statistics]
             optimizer.step(closure, **({"model": wrapped} if sam else {}))
             bad = bad or sam and optimizer.last["skipped"]
             at.step += 1
             images += len(window) * plan.batch_size * world.size
-            bad_in_a_row = bad_in_a_row + 1 if bad else 0
+            at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
             if bad:
                 at.bad_steps += 1
-                run.report_bad_step(at, lr, gives_up=bad_in_a_row == MAX_BAD_STEPS)
+                for buffer, value in zip(statistics, before):
+                    buffer.copy_(value)
+                run.report_bad_step(at, lr, gives_up=at.bad_in_a_row == MAX_BAD_STEPS)
             else:
                 at.loss_sum += losses[0]
                 at.loss_count += 1
@@ -146,12 +144,11 @@ def fit(args, task, world, run, stop):
 
             # log, and once in a while save
             if at.step % LOG_EVERY == 0:
-                line = dict(step=at.step, loss=losses[0], lr=lr, img_s=images / (time.monotonic() - clock))
-                if sam:
-                    line |= dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"])
+                speed = images / (time.monotonic() - clock)
+                climbed = dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                run.log(step=at.step, loss=losses[0], lr=lr, img_s=speed, **climbed)
                 bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {lr:.1e}")
-                run.log(**line)
-            if stopped or run.save_is_due():
+            if not bad and (stopped or run.save_is_due()):
                 run.save(at, epoch)
             if stopped:
                 run.exit(stop, at)
@@ -161,7 +158,7 @@ def fit(args, task, world, run, stop):
         at.line = dict(
             epoch=epoch + 1,
             step=at.step,
-            train_loss=at.loss_sum / max(1, at.loss_count),
+            train_loss=at.loss_sum / at.loss_count if at.loss_count else math.nan,
             lr=lr_at(at.step - 1, plan, args),
             img_s=images / seconds,
             data_share=waited / seconds,
@@ -179,9 +176,24 @@ def fit(args, task, world, run, stop):
             if world.main and (data.final or not data.learner):
                 task.save_picture(run.folder, model if data.learner else judged, args, data)
         at.loss_sum, at.loss_count = 0.0, 0
-        run.save(at, epoch + 1)
-    run.close()
+        if at.bad_in_a_row == 0:
+            run.save(at, epoch + 1)
+    run.close(at)
     return at.line
+
+
+def backward(window, wrapped, task, args, data, world, autocast):
+    """Gradients of the mean loss over a window of micro-batches -> their shares of it."""
+    losses = []
+    for n, batch in enumerate(window, start=1):
+        # DDP averages the gradients once per step, in the last backward pass
+        alone = world.size == 1 or n == len(window)
+        with nullcontext() if alone else wrapped.no_sync():
+            with autocast:
+                loss = task.loss(wrapped, batch, args, data) / len(window)
+            loss.backward()
+        losses.append(loss.detach())
+    return losses
 
 
 def make_loaders(args, data, plan, world):
@@ -241,7 +253,8 @@ def find_task(argv):
     early.add_argument("--resume", action="store_true")
     early.add_argument("--output-dir")
     given, argv = early.parse_known_args(argv)
-    task, saved = given.task, {}
+    task = given.task
+    saved = {}
     if given.probe:
         if task not in ("classify", "probe"):
             raise ValueError("--probe goes with --task classify")
@@ -256,7 +269,7 @@ def find_task(argv):
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
     if saved and task not in (None, saved["task"]):
-        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; drop it or start a new run")
+        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
 
 
@@ -300,7 +313,8 @@ def probe_both(args, line, world, stop, folder):
         run = Run(probe_args, world, folder / name, hint=folder)
         accuracy[name] = fit(probe_args, probe, world, run, stop)["val_acc"]
 
-    loss, baseline = line.get("val_loss", line["train_loss"]), line.get("baseline", math.nan)
+    loss = line.get("val_loss", line["train_loss"])
+    baseline = line.get("baseline", math.nan)
     world.say("summary")
     world.say(f"  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {baseline:.3f})")
     world.say(f"  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}")

@@ -50,6 +50,7 @@ def open_data(args, world):
 def build(args, data, world):
     """The frozen encoder and a head; the sets in `data` become sets of features."""
     encoder = classify.build_encoder(args, data, world).requires_grad_(False)
+    encoder.reset_classifier(len(data.classes))
     head = nn.Linear(encoder.num_features, len(data.classes))
     nn.init.trunc_normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -97,7 +98,7 @@ def features(encoder, images, args, world):
     columns, labels = [torch.empty(0, encoder.num_features)], [torch.empty(0, dtype=torch.long)]
     loader = make_loader(images, batches, world.workers(args), world.device)
     for batch, label, _ in tqdm(loader, "features", leave=False, disable=None if world.main else True):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=world.bf16(args.precision)):
+        with world.autocast(args.precision):
             columns.append(encoder(batch.to(world.device)).float().cpu())
         labels.append(label)
     encoder.head = head

@@ -63,6 +63,9 @@ class World:
             return self.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
         return precision == "bf16"
 
+    def autocast(self, precision):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16(precision))
+
     def workers(self, args):
         """Loading processes."""
         if args.workers is not None:
@@ -193,7 +196,7 @@ class Run:
     def restore(self, plan, **parts):
         """Load the saved parts (model, optimizer, ema) if there are any -> the position to start from."""
         self.parts, self.plan = parts, plan
-        at = SimpleNamespace(epoch=0, step=0, loss_sum=0.0, loss_count=0, bad_steps=0, line={})
+        at = SimpleNamespace(epoch=0, step=0, loss_sum=0.0, loss_count=0, bad_steps=0, bad_in_a_row=0, line={})
         if self.saved is None:
             return at
 
@@ -292,9 +295,12 @@ class Run:
         self.world.say(f"  stopped at step {at.step}; continue with --resume --output-dir {self.hint}")
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
 
-    def close(self):
+    def close(self, at):
         if self.file is not None:
             self.file.close()
+        if at.bad_in_a_row:
+            raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last good "
+                             "checkpoint stays, try a smaller --lr, more --warmup-epochs or --clip-grad 1")
         self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it
 
 
