@@ -34,9 +34,10 @@ from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
-from training.flags import Parser, between, count, refuse
+from training.flags import Parser, between, count, path, refuse
 from training.optim import lr_at, plan_steps
-from training.runs import Run, Stop, World, choose_folder, same_flags, saved_flags
+from training.runs import Run, check_folder, same_flags, saved_flags
+from training.world import Stop, World
 
 TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
          "segment": segmentation}
@@ -232,7 +233,7 @@ def parser_for(task):
 
 
 def run_flags(flag):
-    flag("--output-dir", metavar="DIR", help="folder of the run (default: the next free number under runs/)")
+    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under runs/)")
     flag("--resume", action="store_true", help="continue the run in --output-dir")
     flag("--seed", type=between(0, 2**32, int), default=0)
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
@@ -251,7 +252,7 @@ def find_task(argv):
     early.add_argument("--task", choices=tuple(TASKS))
     early.add_argument("--probe", action="store_true")  # --task classify --probe means --task probe
     early.add_argument("--resume", action="store_true")
-    early.add_argument("--output-dir")
+    early.add_argument("--output-dir", type=path)
     given, argv = early.parse_known_args(argv)
     task = given.task
     saved = {}
@@ -268,6 +269,8 @@ def find_task(argv):
             raise ValueError("--resume needs --output-dir, the folder of the run to continue")
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
+    if saved and saved.get("task") not in TASKS:
+        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of {', '.join(TASKS)}")
     if saved and task not in (None, saved["task"]):
         raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
@@ -326,14 +329,20 @@ def start(args):
     """Train what the flags say -> the last epoch's line of the log."""
     world = World(args.device)
     try:
-        folder = choose_folder(args, world)
+        check_folder(args, world)
+        run = Run(args, world, args.output_dir)
         with Stop() as stop:
-            line = fit(args, TASKS[args.task], world, Run(args, world, folder), stop)
+            line = fit(args, TASKS[args.task], world, run, stop)
             if getattr(args, "then_probe", False):
-                probe_both(args, line, world, stop, folder)
+                probe_both(args, line, world, stop, run.folder)
             else:
-                world.say(f"done: everything is in {folder}/")
+                world.say(f"done: everything is in {run.folder}/")
         return line
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of memory; "
+                         "continue with --resume and fewer --workers") from None
     finally:
         world.close()
 

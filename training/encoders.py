@@ -19,7 +19,7 @@ import mixer
 import resnet
 import vit
 from checkpoints import encoder_options, load_pretrained, read_checkpoint
-from training.flags import between, count
+from training.flags import between, count, path
 
 PRESETS = {vit.ViT: vit.PRESETS, hierarchical.HierarchicalViT: hierarchical.PRESETS, mixer.Mixer: mixer.PRESETS,
            resnet.ResNet: resnet.PRESETS}
@@ -46,7 +46,7 @@ def encoder_flags(flag, init=True):
     flag("--drop-path", type=between(0, 1), help="stochastic depth of the last block")
     flag("--checkpointing", **switch, help="recompute activations: less memory, more time")
     if init:
-        flag("--init", metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL, MixMIM")
+        flag("--init", type=path, metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL, MixMIM")
 
 
 def is_vit(args):

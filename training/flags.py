@@ -6,7 +6,13 @@ Needs: nothing but Python.
 import argparse
 import difflib
 import math
+import os
 import shlex
+
+
+def path(text):
+    """A file or folder; ~ is the home folder."""
+    return os.path.expanduser(text)
 
 
 def count(text):

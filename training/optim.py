@@ -154,6 +154,21 @@ def build_optimizer(model, args):
     return kind(groups, **options)
 
 
+def check_state(optimizer, state):
+    """ValueError where a saved state does not fit: torch loads any shape, and fused kernels then write out of bounds."""
+    for now, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+        if {**now, "lr": 0} != {**saved, "lr": 0}:
+            raise ValueError("other settings of the optimizer")
+    params = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            fits = value.numel() == 1 or value.shape == params[index].shape and 0 not in value.stride()
+            if not fits or value.layout != torch.strided or not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} has another shape or is not finite")
+
+
 def clip_gradients(learner, limit):
     """Scale the gradients to a norm of at most `limit`, if there is one -> their norm."""
     grads = [p.grad for p in learner.parameters() if p.grad is not None]
