@@ -1,26 +1,22 @@
 """Checkpoints: published weights differ in names and sizes; translate both, then report.
 
 The same 12 blocks come as MAE's flat dict, under MoCo v3's `module.base_encoder.`, or with BEiT's q and v
-biases apart. Three steps bring a file into a model, and none of them is silent:
+biases apart. Three steps bring a file into a model:
 
     read       tensors only; a file that would run code on loading is refused
     convert    recognize the layout by its keys, keep encoder and classifier, use the names of vit.py
     adapt      to the model's sizes: position tables and relative biases are images of offsets, so they
-               are resampled like images (bicubic, align_corners=False, no antialias, as MAE and DeiT);
-               rows of the class token are no part of the image and stay
+               are resampled like images (bicubic, align_corners=False, no antialias, as MAE and DeiT)
 
 Then it prints what was loaded, resized, skipped and missing, because load_state_dict(strict=False) says
-nothing when no name matched. Less than 90 % of the encoder is an error, and so is a file that was trained
-with parts the model lacks (BEiT's relative bias and layer scale).
-
-No file shows the number of heads. ViT-S has 12 heads in MoCo v3 and MIRL, 6 in DeiT and timm; all shapes are
-equal, and the wrong number loads without an error but computes something else. See FORMATS.
+nothing when no name matched. Less than 90 % of the encoder is an error, and so is a file with parts that the
+model lacks (BEiT's relative bias, layer scale). No file shows the number of heads, and the wrong one loads
+without an error but computes something else: see FORMATS.
 
 We differ: BEiT's own code resamples its bias at geometrically spaced offsets, here it is plain bicubic.
-Written from the papers and published files' key lists; parameter names of BEiT and MixMIM were checked in
-unilm's beit/modeling_pretrain.py, modeling_finetune.py and in models_mixmim.py.
-Needs: torch, einops, torchvision; vit.py.
-Demo: python checkpoints.py (5 s on a CPU) loads a MAE, a MoCo v3 and a BEiT file into ViTs of other sizes.
+Written from the papers and published files' key lists; names of BEiT and MixMIM were checked in their code.
+Needs: torch, torchvision, einops; vit.py.
+Demo: python checkpoints.py (5 s on a CPU) loads a MAE and a BEiT file into ViTs of other sizes.
 """
 
 import argparse
@@ -30,12 +26,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
-from vit import resample
+from vit import resample, resize_pos_embed
 
 FORMATS = {  # how each source was trained; nothing of this can be read from the tensors
     "MAE": "input ImageNet mean/std; heads B 12, L 16, H 16; fixed sin-cos positions, column first",
-    "MAE or timm": "keys do not tell which: MAE and DeiT use ImageNet mean/std, timm's augreg weights mean/std 0.5; "
+    "MAE or timm": "same keys: MAE and DeiT use ImageNet mean/std, timm's augreg weights mean/std 0.5; "
                    "heads Ti 3, S 6 (MoCo v3 and MIRL: 12), B 12, L 16",
     "timm": "layer scale as ls1, ls2; input mean/std differs by model, see its timm config",
     "DeiT distilled": "input ImageNet mean/std; heads Ti 3, S 6, B 12; the distillation token is left out",
@@ -63,29 +60,26 @@ def load_pretrained(model, path, verbose=True, grid=None, name=None):
     grid  (gh, gw) rows and columns of patches the file was trained with; only their ratio counts. By default
           the shape of args["img_size"] in our own checkpoints, else square, as all published files are
 
-    The model's grid is model.grid_size. A head with another number of classes is not loaded, nor is fc_norm
-    where the model pools the mean and the file has norm: both are reported. The position table is the file's,
-    resampled; never rebuild it, since MoCo v3 and MAE order the sin-cos channels differently. No shape shows
-    the heads: create_vit("vit_s16", num_heads=12) for MoCo v3 and MIRL, 6 for DeiT and timm.
-
-    ValueError, before the model is changed, if the file is unreadable or does not fit.
+    A head with another number of classes is not loaded, nor is fc_norm where the model pools the mean and the
+    file has norm: both are reported. The position table is the file's, resampled; never rebuild it, since
+    MoCo v3 and MAE order the sin-cos channels differently. No shape shows the number of heads:
+    create_vit("vit_s16", num_heads=12) for MoCo v3 and MIRL, 6 for DeiT and timm.
     """
     # read
-    is_file = not isinstance(path, dict)
-    file = read_checkpoint(path) if is_file else path
-    where = str(path) if is_file else name or "the state dict"
+    file, where = path, name or "the state dict"
+    if not isinstance(path, dict):
+        file, where = read_checkpoint(path), str(path)
     tensors = find_tensors(file)
     if not tensors:
         keys = shorten(map(str, file))
-        raise ValueError(f"{where} holds no tensors under {', '.join(CONTAINERS)} or at its top; keys: {keys}")
+        raise ValueError(f"{where} holds no tensors at its top or under {CONTAINERS}; keys: {keys}")
 
     # convert
     kind, state, dropped = convert(tensors)
     own_aspect = source_aspect(file)
-    if own_aspect:
-        kind = "ours"
+    kind = "ours" if own_aspect else kind
     where = f"{where} [{kind}]"
-    target = {key: value for key, value in model.state_dict().items() if not key.endswith(INDEX)}
+    target = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(INDEX)}
     check_parts(state, target, where)
     copy_shared_bias(state, target)
 
@@ -98,24 +92,23 @@ def load_pretrained(model, path, verbose=True, grid=None, name=None):
     missing = [key for key in target if key not in adapted]
     if verbose:
         count = sum(value.numel() for value in adapted.values())
-        rest = f"; not of the encoder: {shorten(dropped, 2)}" if dropped else ""
-        print(
-            f"loaded {len(adapted)} tensors ({count / 1e6:.3g} M parameters) from {where}; "
-            f"resized: {shorten(resized.values()) or 'none'}; skipped: {shorten(skipped) or 'none'}; "
-            f"missing: {shorten(missing) or 'none'}{rest}\n  {kind}: {FORMATS[kind]}"
-        )
+        print(f"loaded {len(adapted)} tensors ({count / 1e6:.3g} M parameters) from {where}; resized: "
+              f"{shorten(resized.values())}; skipped: {shorten(skipped)}; missing: {shorten(missing)}; "
+              f"not of the encoder: {shorten(dropped, 2)}\n  {kind}: {FORMATS[kind]}")
     return Report(kind, list(adapted), list(resized), skipped, missing)
 
 
-# ---------------------------------------------------------------------------- convert
-
 CONTAINERS = ("model", "state_dict", "module", "model_ema")  # the first that exists is read
+WRAPPER = r"^(module\.)+"  # DataParallel, AveragedModel
 INDEX = ("relative_position_index", "attn_mask")  # tables of constants, rebuilt by the model
-NOT_ENCODER = (r"(decoder|mask_token|lm_head\.|norm_low\.|norm\d+\.|dist_token$|head_dist\.|momentum_encoder\.|predictor\.)"
-               r"|.*(relative_position_index|attn_mask)$")
+NOT_ENCODER = (r"(decoder|mask_token|lm_head\.|norm_low\.|norm\d+\.|dist_token$|head_dist\.|momentum_encoder\."
+               r"|predictor\.)|.*(relative_position_index|attn_mask)$")
 SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
 BLOCK_BIAS = r"blocks\.\d+\.attn\.relative_position_bias_table"
+PREFIXES = {"MoCo v3": "base_encoder.", "ours": "encoder."}
 MARKS = {  # the first format with a key like this
+    "MoCo v3": r"base_encoder\.",
+    "ours": r"encoder\.",  # MAE, MIRL, MixMIM around an encoder
     "MixMIM": r"layers\.\d+\.blocks\.",
     "BEiT": rf"blocks\.\d+\.attn\.q_bias|{BLOCK_BIAS}|rel_pos_bias\.",
     "MIRL": r"norm_low\.|decoder_embed0_1\.|mask_token\d",
@@ -141,26 +134,23 @@ def find_tensors(file):
 def find_format(state):
     """-> (key of FORMATS, prefix of the encoder's names)."""
     if has(state, r"(backbone\.)?pyramid\."):
-        raise ValueError("the checkpoint is of a detector or a segmentation network, whose tables were resized and "
-                         "shared; use the checkpoint of the encoder that it started from")
-    if has(state, r"base_encoder\."):
-        return "MoCo v3", "base_encoder."
-    if has(state, r"encoder\."):  # our pre-training models: MAE, MIRL, MixMIM around an encoder
-        return "ours", "encoder."
+        raise ValueError("the checkpoint is of a detector or segmentation network with resized tables; "
+                         "use the checkpoint of the encoder that it started from")
     for kind, pattern in MARKS.items():
         if has(state, pattern):
-            return kind, ""
+            return kind, PREFIXES.get(kind, "")
     return "MAE or timm", ""
 
 
 def convert(state_dict):
-    """-> (format, state dict under our names, names left out because they are no part of encoder or classifier)."""
-    state = {strip(key.replace("_orig_mod.", "")): value for key, value in state_dict.items()}
+    """-> (format, state dict under our names, names left out: not of encoder or classifier)."""
+    state = {}
+    for key, value in state_dict.items():
+        state[re.sub(WRAPPER, "", key.replace("_orig_mod.", ""))] = value
     kind, prefix = find_format(state)
-
     converted, dropped = {}, []
     for full, value in state.items():
-        key = strip(full.removeprefix(prefix))
+        key = re.sub(WRAPPER, "", full.removeprefix(prefix))
         projection = kind == "MoCo v3" and key.startswith("head")  # three layers, not a classifier
         if not full.startswith(prefix) or re.match(NOT_ENCODER, key) or projection:
             dropped.append(full)
@@ -168,8 +158,8 @@ def convert(state_dict):
             v_bias = state.get(full.replace("q_bias", "v_bias"))
             if v_bias is None:
                 raise ValueError(f"the checkpoint has {full} without its v_bias; is the file complete?")
-            k_bias = torch.zeros_like(value)
-            converted[key.replace("q_bias", "qkv.bias")] = torch.cat([value, k_bias, v_bias])
+            key = key.replace("q_bias", "qkv.bias")
+            converted[key] = torch.cat([value, torch.zeros_like(value), v_bias])
         elif key == "pos_embed" and "dist_token" in state:  # rows: class, distillation, patches
             converted[key] = torch.cat([value[:, :1], value[:, 2:]], dim=1)
         elif not key.endswith("attn.v_bias"):
@@ -177,30 +167,16 @@ def convert(state_dict):
     return kind, converted, dropped
 
 
-def strip(name):
-    """Without the prefixes of DataParallel and AveragedModel."""
-    return re.sub(r"^(module\.)+", "", name)
-
-
 def convert_official(state_dict):
-    """Encoder and classifier of any layout in FORMATS, under the names of vit.py (MixMIM: its own names).
-
-    Decoders, mask tokens, momentum encoders, projection heads and index buffers are left out. Sizes stay as
-    they are: load_pretrained adapts them to a model. Our own classifiers come back unchanged.
-    """
+    """Encoder and classifier of any layout in FORMATS, in the file's sizes, under the names of vit.py."""
     return convert(state_dict)[1]
 
 
 def copy_shared_bias(state, target):
     """BEiT pre-trains one relative bias and fine-tunes a copy in every block."""
     if SHARED_BIAS in state and SHARED_BIAS not in target:
-        table = state.pop(SHARED_BIAS)
-        for name in target:
-            if name.endswith("attn.relative_position_bias_table"):
-                state[name] = table
-
-
-# ---------------------------------------------------------------------------- adapt
+        copies = [name for name in target if re.match(BLOCK_BIAS, name)]
+        state |= dict.fromkeys(copies, state.pop(SHARED_BIAS))
 
 
 def adapt(model, state, target, aspect, where):
@@ -221,28 +197,24 @@ def adapt(model, state, target, aspect, where):
 
 
 def find_grids(model, state, name, aspect):
-    """Grids of a table in the file and in the model, each (class-token rows, (gh, gw)), or None if unknown."""
+    """Grids of a table in the file and in the model, each (class-token rows, (gh, gw)) or None."""
     aspect = aspect or (1, 1)
     module = model.get_submodule(name.rpartition(".")[0])
     if "pos_embed" in name or not hasattr(module, "window"):
-        new_table = model.state_dict()[name]
-        return find_grid(name, state[name], aspect), find_grid(name, new_table, getattr(model, "grid_size", (1, 1)))
-
+        wanted = find_grid(name, model.state_dict()[name], getattr(model, "grid_size", (1, 1)))
+        return find_grid(name, state[name], aspect), wanted
     # MixMIM: windows are cut to the map of their stage
     source, positions = None, state.get("absolute_pos_embed")
-    first = find_grid("pos_embed", positions, aspect) if positions is not None and positions.ndim == 3 else None
+    first = None if positions is None else find_grid("pos_embed", positions, aspect)
     if first:
-        stage = int(name.split(".")[1])
         height, width = first[1]
-        source = find_window(len(state[name]), height // 2**stage, width // 2**stage)
+        scale = 2 ** int(name.split(".")[1])  # layers.STAGE.blocks...
+        source = find_window(len(state[name]), height // scale, width // scale)
     return source, (0, module.window)
 
 
 def find_grid(name, table, aspect):
-    """The grid that a table covers: (class-token rows, (gh, gw)), or None if no grid fits.
-
-    aspect (height, width) is the image's shape up to scale; it makes the answer unique.
-    """
+    """The grid that a table covers: (class-token rows, (gh, gw)), or None; aspect makes the answer unique."""
     p, q = (side // math.gcd(*aspect) for side in aspect)
     if "pos_embed" in name:  # (1, gh gw, D), one row more with a class token
         for prefix in (0, 1):
@@ -259,7 +231,7 @@ def find_grid(name, table, aspect):
 
 
 def find_window(rows, height, width):
-    """MixMIM's windows are k x k, cut to the map (height, width): (0, (wh, ww)) with this many rows, or None."""
+    """MixMIM's windows are k x k, cut to the map: the (0, (wh, ww)) with this many rows, or None."""
     for k in range(1, max(height, width) + 1):
         wh, ww = min(k, height), min(k, width)
         if (2 * wh - 1) * (2 * ww - 1) == rows:
@@ -270,52 +242,46 @@ def find_window(rows, height, width):
 def resize_table(name, table, target, grids, aspect, where):
     """A position or bias table in the target's size -> (table, what was changed, or None)."""
     source, wanted = grids
-    is_position = "pos_embed" in name
-    rows, new_rows = (value.shape[1 if is_position else 0] for value in (table, target))
-    same = rows == new_rows
-    if source == wanted and source or same and (wanted is None or source is None and aspect is None):
-        return table, None  # either the same grid, or an unknown one of the right size
+    axis = 1 if "pos_embed" in name else 0
+    rows, new_rows = table.shape[axis], target.shape[axis]
+    unknown = wanted is None or source is None and aspect is None
+    same = source is not None and source == wanted
+    if same or unknown and rows == new_rows:
+        return table, None  # the same grid, or an unknown one with the right number of rows
     if source is None or wanted is None:
-        raise ValueError(
-            f"{name} has {rows} rows in {where} and {new_rows} in the model, and no grid fits the "
-            f"{'file' if source is None else 'model'}'s; pass grid=(gh, gw), the rows and columns of patches "
-            "the file was trained with"
-        )
+        raise ValueError(f"{name} has {rows} rows in {where}, {new_rows} in the model, and one fits no grid; "
+                         "pass grid=(gh, gw), the patches the file was trained with")
     (extra, old), (new_extra, new) = source, wanted
-    if same and aspect is None:
-        raise ValueError(
-            f"{name} of {where} fits both a {old[0]}x{old[1]} and the model's {new[0]}x{new[1]} patches; pass "
-            f"grid={old} or grid={new}, whichever the file was trained with"
-        )
-
-    if is_position:  # (1, extra + gh gw, D)
-        head = table[0, :new_extra].float()
-        if new_extra > extra:
-            head = torch.zeros_like(table[0, :new_extra]).float()
-        resized = torch.cat([head, resample(table[0, extra:], old, new)])[None]
-    else:  # ((2 gh - 1)(2 gw - 1) + extra, heads)
-        old_offsets, new_offsets = ((2 * gh - 1, 2 * gw - 1) for gh, gw in (old, new))
-        last = rows - extra
-        tail = table[last:].float()[:new_extra]
-        resized = torch.cat([resample(table[:last], old_offsets, new_offsets), tail])
     change = f"{name} {old[0]}x{old[1]} -> {new[0]}x{new[1]}"
-    if extra != new_extra:
-        change += ", class row " + ("dropped" if extra > new_extra else "added as zeros")
-    return resized, change
+    if rows == new_rows and aspect is None:
+        raise ValueError(f"{change} in {where} is a guess from the number of rows alone; pass grid={old} or "
+                         f"grid={new}, whichever the file was trained with")
 
-
-# ---------------------------------------------------------------------------- what does not fit
+    table = table.float()
+    if axis == 0:  # ((2 gh - 1)(2 gw - 1) + extra, heads)
+        offsets = rows - extra
+        old, new = ((2 * gh - 1, 2 * gw - 1) for gh, gw in (old, new))
+        return torch.cat([resample(table[:offsets], old, new), table[offsets:]]), change
+    # (1, extra + gh gw, D)
+    if new_extra > extra:
+        table = F.pad(table, (0, 0, 1, 0))
+        change += ", class row added as zeros"
+    elif new_extra < extra:
+        table = table[:, 1:]
+        change += ", class row dropped"
+    return resize_pos_embed(table, old, new, new_extra), change
 
 
 def check_parts(state, target, where):
-    """A position table, relative bias or layer scale on one side only would change what the network computes."""
+    """A position table, relative bias or layer scale on one side only would change what is computed."""
     parts = {
         "relative position bias": rf"rel_pos_bias\.|{BLOCK_BIAS}",
         "layer scale": r"blocks\.\d+\.gamma_",
         "position table": "pos_embed$",
     }
     bias, scale, pos = (has(state, part) for part in parts.values())
-    faults = [f"the model has no {name}" for name, part in parts.items() if has(state, part) and not has(target, part)]
+    lacking = [name for name, part in parts.items() if has(state, part) and not has(target, part)]
+    faults = [f"the model has no {name}" for name in lacking]
     if bias and not pos and has(target, "pos_embed$"):
         faults.append("the file has no position table")
     if has(state, BLOCK_BIAS) and has(target, r"rel_pos_bias\."):
@@ -333,50 +299,39 @@ def check_parts(state, target, where):
 
 
 def check_match(state, adapted, target, skipped, where):
-    """Most of the encoder must be in the file, in the same shapes, and no part of a block may be left over."""
+    """Most of the encoder must be there, in the same shapes, and no part of a block may be left over."""
     encoder = [name for name in target if not name.startswith(("head.", "fc_norm.", "norm."))]
     absent = [name for name in encoder if name not in adapted]
     if len(absent) > 0.1 * len(encoder):
-        raise ValueError(
-            f"{where} has only {len(encoder) - len(absent)} of the model's {len(encoder)} encoder tensors: the model "
-            f"wants {', '.join(absent[:5])}, the file has {shorten(skipped, 5) or 'nothing else'}; build the model "
-            "in the file's size, or rename the file's keys"
-        )
+        raise ValueError(f"{where} lacks {len(absent)} of the model's {len(encoder)} encoder tensors, as "
+                         f"{', '.join(absent[:5])}; the file has {shorten(skipped, 5)}; rename its keys, or "
+                         "build the model in its size")
     for name, value in adapted.items():
         if value.shape != target[name].shape:
-            patch = state.get("patch_embed.proj.weight", torch.empty(0))
-            sizes = "embed_dim={}, in_chans={}, patch_size={}, ".format(*patch.shape[:3]) if patch.ndim == 4 else ""
-            raise ValueError(
-                f"{name} is {tuple(value.shape)} in {where} but {tuple(target[name].shape)} in the model; build "
-                f"the model in the file's sizes: {sizes}and its mlp_ratio and num_heads"
-            )
+            shape, new_shape = tuple(value.shape), tuple(target[name].shape)
+            raise ValueError(f"{name} is {shape} in {where}, {new_shape} in the model; build it with the "
+                             "file's embed_dim, in_chans, patch_size, mlp_ratio and num_heads")
     extra = [name for name in skipped if re.match(r"(layers\.\d+\.)?blocks\.", name)]
     if extra:
-        raise ValueError(
-            f"{where} has parts of blocks that the model lacks ({shorten(extra)}); build the model with the file's "
-            "depth, or delete them from the state dict if you want the first blocks only"
-        )
+        raise ValueError(f"{where} has parts of blocks that the model lacks ({shorten(extra)}); build it "
+                         "with the file's depth, or delete them from the dict to load the first blocks only")
 
 
 def shorten(names, limit=4):
     names = list(names)
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+    return (", ".join(names[:limit]) or "none") + more
 
 
 def source_aspect(file):
     """(height, width) of the images that one of our own checkpoints was trained with, else None."""
-    args = file["args"] if isinstance(file.get("args"), dict) else {}  # other codes save a Namespace
-    size = args.get("img_size")
+    args = file.get("args")  # other codes save a Namespace
+    size = args.get("img_size") if isinstance(args, dict) else None
     return (size, size) if isinstance(size, int) else size and tuple(size)
 
 
 def encoder_options(file):
-    """Keyword arguments with which a ViT has the parts and tables of a file: patch_size, img_size, pos_embed,
-    rel_pos_bias, layer_scale, where known. The preset gives heads, depth and width.
-
-    file  what read_checkpoint returns
-    """
+    """Keyword arguments for a ViT with the parts and tables of a file, as read_checkpoint returns it."""
     state = convert(find_tensors(file))[1]
     options = {}
     first_bias = "blocks.0.attn.relative_position_bias_table"
@@ -388,38 +343,33 @@ def encoder_options(file):
         options["pos_embed"] = None
     if "blocks.0.gamma_1" in state:
         options["layer_scale"] = 0.1  # loading replaces it by the file's values
-
     patch = state.get("patch_embed.proj.weight")
     if patch is not None and patch.ndim == 4 and patch.shape[2] == patch.shape[3]:
         options["patch_size"] = patch.shape[2]
-        name = next((name for name in ("pos_embed", SHARED_BIAS, first_bias) if name in state), None)
-        grid = find_grid(name, state[name], source_aspect(file) or (1, 1)) if name else None
-        if grid:
-            options["img_size"] = tuple(side * patch.shape[2] for side in grid[1])
+        for name in ("pos_embed", SHARED_BIAS, first_bias):
+            grid = find_grid(name, state[name], source_aspect(file) or (1, 1)) if name in state else None
+            if grid:
+                options["img_size"] = tuple(side * patch.shape[2] for side in grid[1])
     return options
 
 
-# ---------------------------------------------------------------------------- read
-
-
 def read_checkpoint(path):
-    """The dict in a file, as it was saved; tensors on the CPU. ValueError if the file cannot be read."""
+    """The dict in a file, as it was saved; tensors on the CPU."""
     path = Path(path)
     if not path.is_file():
-        raise ValueError(f"{path} is a directory or does not exist; pass the checkpoint file, nothing is downloaded")
+        raise ValueError(f"{path} does not exist or is a directory; pass a file, nothing is downloaded")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
             file = load_file(path)
         else:
-            # MAE and DeiT save their argparse.Namespace beside the weights; it is plain data, so it is allowed
-            with torch.serialization.safe_globals([argparse.Namespace]):
+            with torch.serialization.safe_globals([argparse.Namespace]):  # plain data of MAE and DeiT
                 file = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # junk bytes can raise nearly anything
         raise ValueError(f"{path} {explain(path, error)}") from error
-    if not isinstance(file, dict):
-        raise ValueError(f"{path} holds a {type(file).__name__}, not a dict of tensors; save model.state_dict()")
-    return file
+    if isinstance(file, dict):
+        return file
+    raise ValueError(f"{path} holds a {type(file).__name__}, not a dict; save model.state_dict()")
 
 
 def explain(path, error):
@@ -427,22 +377,19 @@ def explain(path, error):
     if isinstance(error, ImportError):
         return "needs the safetensors package; pip install safetensors"
     if path.suffix in (".npz", ".npy"):
-        return ("is a Flax / NumPy file; load it with timm (create_model(..., checkpoint_path=...)) and torch.save the "
-                "model's state_dict()")
+        return "is a Flax / NumPy file; load it with timm and torch.save the model's state_dict()"
+    if path.stat().st_size == 0:
+        return "is empty; download or copy it again"
     with path.open("rb") as stream:
         head = stream.read(4096)
-    if not head:
-        return "is empty; download or copy it again"
-    plain_pickle = re.match(rb"\x80[\x02-\x05](?!\x8a\x0a)", head)  # torch.save's have a magic number, or are zips
+    plain_pickle = re.match(rb"\x80[\x02-\x05](?!\x8a\x0a)", head)  # torch.save adds a number, or a zip
     if path.suffix in (".pdparams", ".pdopt") or plain_pickle and re.search(b"numpy|paddle", head):
-        return ("is a Paddle pickle; load it in Paddle, turn each array into a torch tensor, transpose the Linear "
-                "weights to [out, in], and torch.save the dict")
-    foreign = re.search(r"GLOBAL (\S+)", str(error))
-    if foreign or plain_pickle:
-        objects = foreign[1] if foreign else "a plain pickle"
-        return (f"holds Python objects ({objects}) that could run code on loading, so it was not loaded; if you trust "
-                "its source, save its tensors alone to a new file")
-    return f"is not a readable checkpoint ({type(error).__name__}), perhaps cut short; download or copy it again"
+        return ("is a Paddle pickle; load it in Paddle, turn each array into a torch tensor, transpose the "
+                "Linear weights to [out, in], and torch.save the dict")
+    if plain_pickle or "GLOBAL" in str(error):
+        return ("holds Python objects that could run code on loading, so it was not loaded; if you trust its "
+                "source, save its tensors alone to a new file")
+    return f"is not a readable checkpoint ({type(error).__name__}), perhaps cut short; copy it again"
 
 
 if __name__ == "__main__":
@@ -452,36 +399,23 @@ if __name__ == "__main__":
 
     torch.manual_seed(0)
     small = dict(patch_size=4, embed_dim=32, depth=2, num_heads=2)
+    beit = dict(pos_embed=None, layer_scale=0.1, num_classes=0, **small)
     trained = ViT(img_size=16, num_classes=0, **small).state_dict()
     decoder = {"mask_token": torch.zeros(1, 1, 16), "decoder_pred.weight": torch.zeros(48, 16)}
-    moco = {f"module.base_encoder.{name}": value for name, value in trained.items()}
-    moco |= {f"module.momentum_encoder.{name}": value for name, value in trained.items()}
-    beit = ViT(img_size=16, num_classes=0, pos_embed=None, rel_pos_bias="shared", layer_scale=0.1, **small).state_dict()
+    published = ViT(img_size=16, rel_pos_bias="shared", **beit).state_dict()
     for i in range(2):
-        bias = beit.pop(f"blocks.{i}.attn.qkv.bias")
-        beit[f"blocks.{i}.attn.q_bias"], _, beit[f"blocks.{i}.attn.v_bias"] = bias.chunk(3)
+        q, _, v = published.pop(f"blocks.{i}.attn.qkv.bias").chunk(3)
+        published |= {f"blocks.{i}.attn.q_bias": q, f"blocks.{i}.attn.v_bias": v}
 
     print("a MAE file into a classifier of another size that pools the mean: fc_norm and head are not loaded")
     model = ViT(img_size=(8, 24), num_classes=10, pool="mean", **small)
     with tempfile.TemporaryDirectory() as folder:
-        torch.save({"model": trained | decoder}, Path(folder, "mae.pth"))
-        load_pretrained(model, Path(folder, "mae.pth"))
+        torch.save({"model": trained | decoder}, f"{folder}/mae.pth")
+        load_pretrained(model, f"{folder}/mae.pth")
     print(f"  1 + 16 positions became {model.pos_embed.shape[1]} (expect 1 + 2 x 6 = 13)\n")
 
-    print("a MoCo v3 file into a ViT of its own size: every tensor bit for bit")
-    model = ViT(img_size=16, num_classes=0, **small)
-    load_pretrained(model, {"state_dict": moco})
-    equal = all(torch.equal(value, trained[name]) for name, value in model.state_dict().items())
-    print(f"  equal: {equal} (expect True)\n")
-
     print("a BEiT file: q and v biases joined, the shared relative bias copied to each block and resampled")
-    model = ViT(img_size=24, num_classes=0, pos_embed=None, rel_pos_bias="block", layer_scale=0.1, **small)
-    load_pretrained(model, beit)
+    model = ViT(img_size=24, rel_pos_bias="block", **beit)
+    load_pretrained(model, published)
     rows = len(model.blocks[0].attn.relative_position_bias_table)
-    print(f"  bias table of 7 x 7 + 3 rows -> {rows} (expect 11 x 11 + 3 = 124)\n")
-
-    print("the same file into a plain ViT is refused:")
-    try:
-        load_pretrained(ViT(img_size=16, num_classes=0, **small), beit)
-    except ValueError as error:
-        print(f"  ValueError: {error}")
+    print(f"  bias table of 7 x 7 + 3 rows -> {rows} (expect 11 x 11 + 3 = 124)")
