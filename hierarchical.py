@@ -319,18 +319,15 @@ class HierarchicalViT(nn.Module):
         self.absolute_pos_embed = nn.Parameter(table[None], requires_grad=False)
 
         # stages: each has half the resolution and twice the width of the one before
-        blocks = sum(depths)
-        rates = [drop_path * i / max(blocks - 1, 1) for i in range(blocks)]
+        rates = torch.linspace(0, drop_path, sum(depths), device="cpu").split(self.depths)
         self.layers = nn.ModuleList()
-        for s, depth in enumerate(depths):
+        for s in range(len(depths)):
             dim = embed_dim * 2**s
             window = tuple(min(window_size[s], side // 2**s) for side in self.grid_size)
-            first = sum(depths[:s])
-            drop_paths = rates[first:first + depth]
             if dim % num_heads[s]:
                 raise ValueError(f"num_heads {num_heads[s]} of stage {s} does not divide its width {dim}")
             stage = Stage(
-                dim, num_heads[s], window, mlp_ratio, drop_paths, shift, checkpointing, last=s == last
+                dim, num_heads[s], window, mlp_ratio, rates[s].tolist(), shift, checkpointing, last=s == last
             )
             self.layers.append(stage)
 
