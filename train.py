@@ -18,7 +18,6 @@ had: data order, augmentation, masks and dropout are functions of (seed, epoch o
 Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -31,7 +30,6 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
@@ -39,7 +37,7 @@ from training import optim, sources
 from training.costs import check_installation, dry_run
 from training.flags import Parser, between, count, refuse
 from training.optim import lr_at, plan_steps
-from training.runs import FREE, Run, Stop, World, choose_folder, saved_flags
+from training.runs import Run, Stop, World, choose_folder, same_flags, saved_flags
 
 TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
          "segment": segmentation}
@@ -73,13 +71,7 @@ def fit(args, task, world, run, stop):
 
     # steps, batches, optimizer
     plan = plan_steps(args, len(data.train), world.size)
-    batches = TrainBatches(len(data.train), plan.batch_size, args.seed, world.rank, world.size)
-    workers = 0 if data.learner else world.workers(args)  # features in memory need no loading
-    loader = make_loader(data.train, batches, workers, world.device, data.collate)
-    val_loader = None
-    if data.val is not None:
-        val_batches = EvalBatches(len(data.val), plan.batch_size, world.rank, world.size, data.smallest)
-        val_loader = make_loader(data.val, val_batches, workers, world.device, data.val_collate)
+    batches, loader, val_loader = make_loaders(args, data, plan, world)
     optimizer = optim.build_optimizer(learner, args)
     sam = args.optimizer == "sam"
 
@@ -98,8 +90,7 @@ def fit(args, task, world, run, stop):
         batches.epoch, batches.start = epoch, first * args.accum
         stream = iter(loader)
         clock, waited, images = time.monotonic(), 0.0, 0
-        bar = tqdm(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}", leave=False,
-                   disable=None if world.main else True)
+        bar = world.progress(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}")
         for _ in bar:
             # learning rate
             lr = lr_at(at.step, plan, args)
@@ -155,10 +146,11 @@ def fit(args, task, world, run, stop):
 
             # log, and once in a while save
             if at.step % LOG_EVERY == 0:
-                speed = images / (time.monotonic() - clock)
-                bar.set_postfix(loss=f"{losses[0]:.3f}", lr=f"{lr:.1e}", img_s=f"{speed:.0f}")
-                more = dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
-                run.log(step=at.step, loss=losses[0], lr=lr, img_s=speed, **more)
+                line = dict(step=at.step, loss=losses[0], lr=lr, img_s=images / (time.monotonic() - clock))
+                if sam:
+                    line |= dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"])
+                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {lr:.1e}")
+                run.log(**line)
             if stopped or run.save_is_due():
                 run.save(at, epoch)
             if stopped:
@@ -166,9 +158,16 @@ def fit(args, task, world, run, stop):
 
         # evaluate, log, picture, save
         seconds = time.monotonic() - clock
-        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=at.loss_sum / max(1, at.loss_count),
-                       lr=lr_at(at.step - 1, plan, args), img_s=images / seconds, data_share=waited / seconds,
-                       bad_steps=at.bad_steps)
+        at.line = dict(
+            epoch=epoch + 1,
+            step=at.step,
+            train_loss=at.loss_sum / max(1, at.loss_count),
+            lr=lr_at(at.step - 1, plan, args),
+            img_s=images / seconds,
+            data_share=waited / seconds,
+            bad_steps=at.bad_steps,
+            **sources.skipped_images(data),
+        )
         data.final = epoch + 1 == args.epochs
         with evaluating(judged):
             if val_loader is not None and (data.final or (epoch + 1) % args.eval_every == 0):
@@ -183,6 +182,17 @@ def fit(args, task, world, run, stop):
         run.save(at, epoch + 1)
     run.close()
     return at.line
+
+
+def make_loaders(args, data, plan, world):
+    """-> this rank's share of the training batches, their loader, and the loader for evaluation or None."""
+    workers = 0 if data.learner else world.workers(args)  # features in memory need no loading
+    batches = TrainBatches(len(data.train), plan.batch_size, args.seed, world.rank, world.size)
+    loader = make_loader(data.train, batches, workers, world.device, data.collate)
+    if data.val is None:
+        return batches, loader, None
+    val_batches = EvalBatches(len(data.val), plan.batch_size, world.rank, world.size, data.smallest)
+    return batches, loader, make_loader(data.val, val_batches, workers, world.device, data.val_collate)
 
 
 @contextmanager
@@ -200,11 +210,11 @@ def evaluating(model):
 def parser_for(task):
     """The parser of one task: its own flags, and those of every task."""
     module = TASKS[task]
-    parser = Parser(prog=f"train.py --task {task}", usage="%(prog)s [flags]", description=module.__doc__.split("\n\n")[0])
-    parser.add_argument("--task", default=task, help=argparse.SUPPRESS)
-    module.add_flags(parser.add_argument_group(f"flags of --task {task}").add_argument)
-    optim.optimizer_flags(parser.add_argument_group("optimization").add_argument)
-    run_flags(parser.add_argument_group("the run").add_argument)
+    parser = Parser(prog=f"train.py --task {task}", description=module.__doc__)
+    parser.set_defaults(task=task)
+    module.add_flags(parser.group(f"flags of --task {task}"))
+    optim.optimizer_flags(parser.group("optimization"))
+    run_flags(parser.group("the run"))
     parser.show_defaults(module.DEFAULTS)
     return parser
 
@@ -224,50 +234,52 @@ def run_flags(flag):
 
 
 def find_task(argv):
-    """-> (task, the flags of the run that goes on, the command line without --task). Recipes are read here."""
+    """-> (task, the flags of the run that goes on, the rest of the command line). Recipes are read here."""
     early = Parser(add_help=False)
     early.add_argument("--task", choices=tuple(TASKS))
     early.add_argument("--probe", action="store_true")  # --task classify --probe means --task probe
     early.add_argument("--resume", action="store_true")
     early.add_argument("--output-dir")
     given, argv = early.parse_known_args(argv)
-    if given.probe and given.task not in ("classify", "probe"):
-        raise ValueError("--probe goes with --task classify")
-    if given.resume and given.output_dir is None:
-        raise ValueError("--resume needs --output-dir, the folder of the run to continue")
-    task = "probe" if given.probe else given.task
-    saved = saved_flags(given.output_dir) if given.resume else {}
-    if saved and task not in (None, saved["task"]):
-        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; drop it or start a new run")
+    task, saved = given.task, {}
+    if given.probe:
+        if task not in ("classify", "probe"):
+            raise ValueError("--probe goes with --task classify")
+        task = "probe"
     if given.output_dir is not None:
         argv += ["--output-dir", given.output_dir]
+
+    # a run that goes on knows its task
     if given.resume:
+        if given.output_dir is None:
+            raise ValueError("--resume needs --output-dir, the folder of the run to continue")
         argv += ["--resume"]
+        saved = saved_flags(given.output_dir)
+    if saved and task not in (None, saved["task"]):
+        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; drop it or start a new run")
     return task or saved.get("task"), saved, argv
 
 
 def parse(argv):
     """-> all flags of the task at hand, checked and completed. ValueError in one sentence."""
     task, saved, argv = find_task(argv)
-    if task is None:  # the default run; another model brings its own sizes
-        sizes = "" if "--model" in argv else DEFAULT_SIZES
-        task, argv = "pretrain", [*shlex.split(f"{DEFAULT_RUN} {sizes}"), *argv]
+    if task is None:  # the default run
+        task = "pretrain"
+        sizes = "" if "--model" in argv else DEFAULT_SIZES  # another model brings its own
+        argv = shlex.split(f"{DEFAULT_RUN} {sizes}") + argv
 
     # the flags of the run that goes on, then those given now
     parser = parser_for(task)
-    args, unknown = parser.parse_known_args([*parser.as_argv(saved), *argv])
+    args, unknown = parser.parse_known_args(parser.as_argv(saved) + argv)
     if unknown:
-        refuse(unknown[0].split("=")[0], task, {name: parser_for(name) for name in TASKS})
+        refuse(unknown[0], task, {name: parser_for(name) for name in TASKS})
 
     # refuse what means nothing beside the other flags, fill in the rest
     args.init_options = saved.get("init_options")
     optim.complete(args, TASKS[task].DEFAULTS)
     sources.complete(args)
     TASKS[task].complete(args)
-    for name in saved.keys() & vars(args).keys():
-        if name not in FREE and saved[name] != getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the run's own {saved[name]}; "
-                             "drop it or start a new run")
+    same_flags(args, saved)
     return args
 
 
@@ -276,21 +288,24 @@ def parse(argv):
 
 def probe_both(args, line, world, stop, folder):
     """After pre-training: what are the features worth, against those of the same encoder before it?"""
-    parser, accuracy = parser_for("probe"), {}
-    kept = {name: value for name, value in vars(args).items() if name in probe.SAME_AS_PRETRAINING}
-    for name, init in (("probe", ["--init", str(folder / "checkpoint.pt")]), ("probe_random", [])):
-        argv = ["--task", "probe", *parser.as_argv(kept), *init]
+    shared = {name: getattr(args, name) for name in probe.SAME_AS_PRETRAINING}
+    accuracy = {}
+    for name in ("probe", "probe_random"):
+        argv = ["--task", "probe", *parser_for("probe").as_argv(shared)]
+        if name == "probe":
+            argv += ["--init", str(folder / "checkpoint.pt")]
         if args.resume:
             argv += ["--resume", "--output-dir", str(folder / name)]
         probe_args = parse(argv)
         run = Run(probe_args, world, folder / name, hint=folder)
         accuracy[name] = fit(probe_args, probe, world, run, stop)["val_acc"]
-    world.say(f"""
-summary
-  loss on hidden patches  {line.get('val_loss', line['train_loss']):.3f}   (predicting the patch mean: {line.get('baseline', math.nan):.3f})
-  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}
-                          {accuracy['probe_random']:.1f} %  same encoder at initialization
-  picture                 {folder / 'reconstruction.png'}""")
+
+    loss, baseline = line.get("val_loss", line["train_loss"]), line.get("baseline", math.nan)
+    world.say("summary")
+    world.say(f"  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {baseline:.3f})")
+    world.say(f"  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}")
+    world.say(f"                          {accuracy['probe_random']:.1f} %  same encoder at initialization")
+    world.say(f"  picture                 {folder / 'reconstruction.png'}")
 
 
 def start(args):
@@ -323,9 +338,10 @@ def main(argv=None):
     except ValueError as error:
         # an error from a loading process comes as its traceback; the sentence is its last line
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or started:  # a bad file may concern one rank alone
-            print(f"train.py: {f'[rank {rank}] ' if rank else ''}{sentence}; see --help", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or started:  # a bad file may concern one rank alone
+            where = "" if rank == "0" else f"[rank {rank}] "
+            print(f"train.py: {where}{sentence}; see --help", file=sys.stderr)
         sys.exit(2)
 
 

@@ -15,7 +15,7 @@ from data import as_lists
 from detect import NORMS, init_as_beit, vit_mask_rcnn
 from tasks import Data
 from training import encoders, pictures, sources
-from training.flags import between, count
+from training.flags import between
 
 DEFAULTS = dict(epochs=6, batch_size=4, blr=0.064, beta2=0.999, warmup_epochs=0.25, clip_grad=1.0, layer_decay=1.0)
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
@@ -56,7 +56,8 @@ def complete(args):
     if (args.init_options.get("rel_pos_bias")) and args.no_rel_pos:
         raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; drop "
                          "that flag")
-    args.global_blocks = args.global_blocks or "quarters"
+    if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or "quarters"
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0]
 
@@ -141,7 +142,7 @@ def build_detector(encoder, args, data):
         sides = [max(4, size * 2**k // 32) for k in range(levels)]
         heads["anchor_sizes"] = [(side, round(side * 2**0.5)) if square else (side,) for side in sides]
     return vit_mask_rcnn(
-        encoder, len(data.classes), size, (args.window_size or [14])[0], args.global_blocks, args.pyramid or "taps",
+        encoder, len(data.classes), size, (args.window_size or [14])[0], args.global_blocks or "quarters", args.pyramid or "taps",
         not args.no_rel_pos, bool(args.checkpointing), args.norm, canonical_scale=size * 7 // 8 if small else 224,
         image_mean=data.mean, image_std=data.std, **heads)
 

@@ -16,7 +16,7 @@ from semantic import Segmentations, open_semantic
 from tasks import Data
 from tasks.detection import (add_dense_flags, build_encoder, complete_dense, describe_positions, split_scenes,
                              synchronized)
-from training import pictures
+from training import encoders, pictures
 from training.flags import count
 
 DEFAULTS = dict(epochs=6, batch_size=16, blr=0.016, beta2=0.999, clip_grad=1.0, schedule="linear", layer_decay=1.0)
@@ -31,7 +31,8 @@ def add_flags(flag):
 
 def complete(args):
     complete_dense(args, img_size=[64], patch_size=8)
-    args.global_blocks = args.global_blocks or "all"
+    if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or "all"
     args.channels = args.channels or (64 if args.heads == "small" else 512)
     if args.norm == "batch" and args.batch_size == 1:
         raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; take "
@@ -64,7 +65,7 @@ def build(args, data, world):
     encoder = build_encoder(args, data, world)
     window = (args.window_size or [14])[0]
     model = UperNet(encoder, len(data.classes), args.channels, min(256, args.channels), args.norm, window_size=window,
-                    global_blocks=args.global_blocks, pyramid=args.pyramid or "taps", checkpointing=bool(args.checkpointing),
+                    global_blocks=args.global_blocks or "all", pyramid=args.pyramid or "taps", checkpointing=bool(args.checkpointing),
                     img_size=tuple(args.img_size))
     describe_positions(model.pyramid, args, world)
     return synchronized(model, world)

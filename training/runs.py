@@ -100,6 +100,10 @@ class World:
         for tensor in tensors if self.size > 1 else ():
             dist.broadcast(tensor, 0)
 
+    def progress(self, steps, title):
+        """A bar on a terminal of rank 0."""
+        return tqdm(steps, title, leave=False, disable=None if self.main else True)
+
     def say(self, text):
         if self.main:
             tqdm.write(text)
@@ -145,6 +149,14 @@ def saved_flags(folder):
     if not isinstance(flags, dict) or "task" not in flags:
         raise ValueError(f"{path} does not hold the flags of a run; restore it or start anew in another folder")
     return flags
+
+
+def same_flags(args, saved):
+    """ValueError where a flag contradicts the run that goes on."""
+    for name, value in vars(args).items():
+        if name in saved and name not in FREE and value != saved[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {value} differs from the run's own {saved[name]}; drop it or "
+                             "start a new run")
 
 
 def choose_folder(args, world):

@@ -107,6 +107,7 @@ def split(args, train, val):
 
 
 def skipped_images(data):
-    """How many unreadable images were replaced so far, of a folder."""
+    """For the log: how many unreadable images of a folder were replaced so far, if any."""
     source = getattr(data.train, "source", None)
-    return int(source.bad.sum()) if isinstance(source, Folder) else 0
+    count = int(source.bad.sum()) if isinstance(source, Folder) else 0
+    return {"skipped_images": count} if count else {}
