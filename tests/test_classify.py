@@ -63,9 +63,12 @@ def test_the_loss_of_mixed_images_is_the_smoothed_cross_entropy_of_mixed_labels(
 # ---------------------------------------------------------------------------- from a checkpoint
 
 
-@pytest.mark.parametrize("flags, more", [
-    (PRETRAIN, "--layer-decay 0.7"), (MIXMIM, "--layer-decay 0.7"), (PLAIN_MIXMIM, ""),
-    (MIXER, "--optimizer sam --layer-decay 0.7"), (RESNET, "")], ids=["mirl", "mixmim", "plain mixmim", "mixer", "resnet"])
+SOURCES = {
+    "mirl": (PRETRAIN, "--layer-decay 0.7"), "mixmim": (MIXMIM, "--layer-decay 0.7"), "plain mixmim": (PLAIN_MIXMIM, ""),
+    "mixer": (MIXER, "--optimizer sam --layer-decay 0.7"), "resnet": (RESNET, "")}
+
+
+@pytest.mark.parametrize("flags, more", SOURCES.values(), ids=SOURCES)
 def test_a_checkpoint_supplies_model_sizes_and_all_weights_of_the_encoder(finished, tmp_path, flags, more):
     file = finished(flags) / "checkpoint.pt"
     before = weights(file.parent)

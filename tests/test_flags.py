@@ -27,8 +27,11 @@ CONTRACT = {  # name: its arguments
     "predict": "model images args classes",
     "draw": "image prediction classes",
 }
-SHARED = """epochs batch-size accum blr lr min-lr weight-decay warmup-epochs clip-grad optimizer rho seed workers output-dir resume
-    save-minutes compile precision device data data-path data-size train-images val-images dry-run model img-size""".split()
+SHARED = """
+    model img-size data data-path data-size train-images val-images
+    epochs batch-size accum blr lr min-lr warmup-epochs weight-decay clip-grad optimizer rho
+    output-dir resume seed workers save-minutes device precision compile dry-run
+    """.split()
 
 
 # ---------------------------------------------------------------------------- tasks
@@ -145,11 +148,12 @@ def test_a_flag_of_another_method_optimizer_or_data_set_is_an_error_that_names_i
 
 # a constructor's signature decides
 @pytest.mark.parametrize("model, flag", [
-    ("vit_demo", "--shift"), ("mixmim_demo", "--depth 4"), ("mixmim_demo", "--num-heads 2"), ("mixmim_demo", "--pool cls"),
+    ("vit_demo", "--shift"), ("vit_demo", "--window-size 3"),
+    ("mixmim_demo", "--depth 4"), ("mixmim_demo", "--num-heads 2"), ("mixmim_demo", "--pool cls"),
     ("mixer_demo", "--num-heads 2"), ("mixer_demo", "--pool cls"), ("mixer_demo", "--checkpointing"),
     ("mixer_demo", "--window-size 4"),
-    ("resnet8", "--patch-size 8"), ("resnet8", "--embed-dim 32"), ("resnet8", "--depth 3"), ("resnet8", "--drop-path 0.1"),
-    ("resnet8", "--pool cls"), ("resnet8", "--checkpointing"), ("vit_demo", "--window-size 3")])
+    ("resnet8", "--patch-size 8"), ("resnet8", "--embed-dim 32"), ("resnet8", "--depth 3"),
+    ("resnet8", "--drop-path 0.1"), ("resnet8", "--pool cls"), ("resnet8", "--checkpointing")])
 def test_an_option_that_the_model_does_not_take_is_an_error_that_names_it(model, flag, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert flag.split()[0] in refused(f"--task classify --model {model} {flag}", capsys)
@@ -399,7 +403,8 @@ CONTRADICTIONS = ["--depth 4", "--embed-dim 64", "--patch-size 4", "--num-heads 
 
 
 @pytest.mark.parametrize("flags", CONTRADICTIONS)
-def test_a_flag_that_contradicts_the_file_of_init_is_an_error_that_names_both_values(pretrained, tmp_path, capsys, flags):
+def test_a_flag_that_contradicts_the_file_of_init_is_an_error_that_names_both_values(
+        pretrained, tmp_path, capsys, flags):
     file = pretrained / "checkpoint.pt"
     error = refused(f"--task classify --data-size 64 {flags} --init {file}", capsys, tmp_path / "run")
     assert all(word in error for word in flags.split())
