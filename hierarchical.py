@@ -1,0 +1,2 @@
+from mixmim import *
+from mixmim import PRESETS, HierarchicalViT, create_mixmim

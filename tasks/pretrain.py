@@ -1,0 +1,182 @@
+"""Pre-training: hide patches of an image and learn to predict them. Methods: MAE, MIRL, MixMIM.
+
+The objectives are in mae.py, mirl.py and mixmim.py: modules that take images and return .loss. A new one is
+one line in METHODS, with a `pictures` method. Options of a method are arguments of its constructor, so an
+option that a method does not have is refused, not ignored.
+"""
+
+import base64
+import math
+
+import torch
+
+from data import Images, augmentation
+from mae import MAE
+from masking import mix_mask, num_visible, patch_mean_loss
+from mirl import MIRL
+from mixmim import MixMIM
+from tasks import Data
+from training import encoders, pictures, sources
+from training.flags import between, count
+
+METHODS = {"mae": MAE, "mirl": MIRL, "mixmim": MixMIM}
+OPTIONS = ("segments", "pairing", "fill", "dual", "masked_attention", "mask_per_cycle", "norm_pix_loss",
+           "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
+FLAGS = dict(pairing="--no-pairing", dual="--single", masked_attention="--open-attention", norm_pix_loss="--raw-pixels")
+DEFAULTS = dict(method="mirl", epochs=6, batch_size=64, blr=4e-3, beta2=0.95)
+
+
+def add_flags(flag):
+    flag("--method", choices=tuple(METHODS), help="the objective")
+    flag("--mask-ratio", type=between(0, 1), help="share of patches hidden (default: 0.75, mixmim 0.5)")
+    flag("--raw-pixels", dest="norm_pix_loss", action="store_false", default=None,
+         help="predict pixels, not pixels normalized per patch")
+    flag("--decoder-embed-dim", type=count, help="(default: about two thirds of the encoder's width)")
+    flag("--decoder-depth", type=count, help="blocks per decoder (default: 1)")
+    flag("--decoder-num-heads", type=count, help="(default: one per 32 channels)")
+    flag("--segments", type=count, help="mirl: K (default: the largest of 6, 4, 2 that divides the depth)")
+    flag("--no-pairing", dest="pairing", action="store_false", default=None,
+         help="mirl, an ablation: every segment predicts the whole image")
+    flag("--fill", choices=("mix", "mask"), help="mixmim: another image's patches, or a mask token, an ablation")
+    flag("--single", dest="dual", action="store_false", default=None,
+         help="mixmim, an ablation: reconstruct one image of each mixture")
+    flag("--open-attention", dest="masked_attention", action="store_false", default=None,
+         help="mixmim, an ablation: attend across the two images")
+    flag("--mask-per-cycle", action="store_true", default=None, help="mixmim: a mask per pair, not per batch")
+    flag("--then-probe", action="store_true", help="then probe the features, and those of the untrained encoder")
+    encoders.encoder_flags(flag, init=False)
+    sources.image_flags(flag)
+    sources.augment_flag(flag, "padcrop up to 64 px, else mae")
+
+
+def complete(args):
+    # the encoder
+    mixmim = args.method == "mixmim"
+    encoders.inherit(args, "mixmim_demo" if mixmim else "vit_demo")
+    if encoders.is_vit(args) and mixmim:
+        args.class_token = False
+    kinds = (encoders.vit.ViT, encoders.hierarchical.HierarchicalViT) if mixmim else (encoders.vit.ViT,)
+    if encoders.MODELS[args.model][0] not in kinds:
+        raise ValueError(f"--model {args.model} does not fit --method {args.method}, which takes "
+                         f"{' or '.join(kind.__name__ for kind in kinds)}; see --help for the presets")
+    encoder = encoders.complete(args)
+
+    # the mask
+    args.mask_ratio = args.mask_ratio if args.mask_ratio is not None else 0.5 if mixmim else 0.75
+    places = math.prod(side // args.stride for side in args.img_size)
+    if mixmim:
+        mix_mask(torch.zeros(places), args.mask_ratio)  # raises where nothing or everything would be hidden
+        check_mixing(args)
+    else:
+        num_visible(places, args.mask_ratio)
+
+    # the decoders, and whether the method takes its options
+    args.decoder_depth = args.decoder_depth or 1
+    args.decoder_embed_dim = args.decoder_embed_dim or max(32, round(encoder.num_features * 2 / 3 / 32) * 32)
+    args.decoder_num_heads = args.decoder_num_heads or max(1, args.decoder_embed_dim // 32)
+    if args.method == "mirl" and args.segments is None:
+        args.segments = next((k for k in (6, 4, 2) if args.depth % k == 0), 2)
+    with torch.device("meta"):
+        METHODS[args.method](encoder, **method_options(args))
+    args.augment = args.augment or ("padcrop" if max(args.img_size) <= 64 else "mae")
+
+
+def method_options(args):
+    """The arguments of the method's constructor."""
+    kinds = {f"--method {name}": kind for name, kind in METHODS.items()}
+    return encoders.options_for(METHODS[args.method], args, OPTIONS, kinds, FLAGS.items())
+
+
+def check_mixing(args):
+    if args.fill == "mask":
+        for name in ("dual", "masked_attention"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"{FLAGS[name]} acts with --fill mix only; drop it")
+    elif args.batch_size < 2:
+        raise ValueError(f"--batch-size {args.batch_size} leaves MixMIM nothing to mix; use at least 2")
+
+
+def open_data(args, world):
+    found = sources.open_images(args, world, need_val=False)
+    needed = 2 if args.method == "mixmim" and args.fill != "mask" else 1
+    if found.val is not None and len(found.val_indices) < needed * world.size:
+        raise ValueError(f"the validation set has {len(found.val_indices)} images for {world.size} processes, but each "
+                         "needs two, to mix them; add images or leave the set out")
+    # every sample comes with a random number per patch, from which the mask is made
+    noise = math.prod(side // args.stride for side in args.img_size)
+    transform = augmentation(args.augment, args.img_size, found.mean, found.std)
+    train = Images(found.train, transform, args.seed, found.indices, noise)
+    val = None
+    if found.val is not None:
+        plain = augmentation("none", args.img_size, found.mean, found.std)
+        val = Images(found.val, plain, args.seed, found.val_indices, noise)
+    return Data(train, val, list(found.train.classes), found.mean, found.std, smallest=needed)
+
+
+def build(args, data, world):
+    encoder = encoders.build_encoder(args)
+    return METHODS[args.method](encoder, **method_options(args))
+
+
+def mask_noise(noise, args):
+    """A row of random numbers per image -> what the objective takes: MixMIM has one mask for all images."""
+    return noise[0] if args.method == "mixmim" and not args.mask_per_cycle else noise
+
+
+def loss(model, batch, args, data):
+    images, _, noise = batch
+    return model(images, args.mask_ratio, mask_noise(noise, args)).loss
+
+
+def evaluate(model, loader, args, data, world):
+    """The loss on hidden patches. baseline: that of predicting each patch's mean; a model that learns is below."""
+    total = baseline = count = 0
+    for images, _, noise in loader:
+        images, noise = images.to(world.device), noise.to(world.device)
+        total += model(images, args.mask_ratio, mask_noise(noise, args)).loss.item() * len(images)
+        baseline += patch_mean_loss(images, args.stride, args.norm_pix_loss is not False).item() * len(images)
+        count += len(images)
+    total, baseline, count = world.sum([total, baseline, count])
+    return {"val_loss": total / count, "baseline": baseline / count}
+
+
+def save_picture(folder, model, args, data, rows=6, behind=8):
+    """Reconstructions of images from all over the validation set.
+
+    Of rows x behind images every `behind`-th is drawn; all of them center MIRL's residual.
+    """
+    source = data.val or data.train
+    samples = pictures.spread(source, rows * behind)
+    device = next(model.parameters()).device
+    images, noise = (torch.stack([sample[k] for sample in samples]).to(device) for k in (0, 2))
+    columns = reconstructions(model, images, args, data.mean, data.std, noise)
+    every = max(1, len(samples) // rows)
+    pictures.save_grid(folder / "reconstruction.png", {name: v[::every][:rows] for name, v in columns.items()})
+
+
+def reconstructions(model, images, args, mean, std, noise=None):
+    """{caption: (B, 3, H, W) in [0, 1]}: what the model saw and what it predicts."""
+    mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
+    noise = noise if noise is None else mask_noise(noise, args)
+    columns = model.pictures(images, args.mask_ratio, noise, gray=(0.5 - mean) / std)
+    return {name: (column * std + mean).clamp(0, 1).cpu() for name, column in columns.items()}
+
+
+def predict(model, images, args, classes):
+    """The loss on hidden patches, and the reconstruction grid as a PNG in base64, per image."""
+    batch = torch.stack(images)
+    if len(batch) == 1:  # MixMIM and MIRL's centering need a second image; a mirrored copy serves
+        batch = torch.cat([batch, batch.flip(-1)])
+    noise = torch.rand(math.prod(side // args.stride for side in args.img_size), generator=torch.Generator().manual_seed(0))
+    noise = noise.to(batch.device).expand(len(batch), -1)
+    columns = reconstructions(model, batch, args, args.mean, args.std, noise)
+    results = []
+    for i in range(len(images)):
+        loss = model(batch[[i, i - 1]], args.mask_ratio, mask_noise(noise[:2], args)).loss.item()
+        grid = pictures.grid_png({name: column[i:i + 1] for name, column in columns.items()})
+        results.append(dict(loss=loss, picture=base64.b64encode(grid).decode()))
+    return results
+
+
+def draw(image, prediction, classes):
+    return pictures.from_png(base64.b64decode(prediction["picture"]))

@@ -1,0 +1,162 @@
+"""Optim: the plan of steps, the learning rate, which weights decay, and the papers' optimizers by name.
+
+    lr = blr * effective batch / 256                                    linear scaling rule
+    lr(s) = lr s / warmup, then half a cosine (or a line) to min_lr     (1)
+    lr of layer l of L = lr * layer_decay^(L - l)                       (2)   the head learns fastest
+    average <- average + (1 - d) (weights - average)                    (3)   d = min(decay, (1 + s) / (10 + s))
+
+Needs: torch; sam.py.
+"""
+
+import math
+import re
+from typing import NamedTuple
+
+import torch
+
+from sam import SAM
+from training.flags import between, count, positive
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
+USED_BY = {"beta2": "adamw", "rho": "sam", "adaptive": "sam", "base_optimizer": "sam"}
+
+
+def optimizer_flags(flag):
+    flag("--epochs", type=count, help="passes over the training images")
+    flag("--batch-size", type=count, help="images per process and micro-batch")
+    flag("--accum", type=count, default=1, help="micro-batches per step")
+    flag("--blr", type=positive, help="learning rate per 256 images of the effective batch")
+    flag("--lr", type=positive, help="the learning rate itself, instead of --blr")
+    flag("--min-lr", type=between(0, math.inf), default=0.0, help="learning rate at the end")
+    flag("--warmup-epochs", type=between(0, math.inf), help="linear warm-up (default: 5 %% of the run)")
+    flag("--schedule", choices=("cosine", "linear"), default="cosine", help="how the rate falls after warm-up")
+    flag("--weight-decay", type=between(0, math.inf), default=0.05, help="not on biases and norms")
+    flag("--clip-grad", type=positive, help="largest gradient norm (default: off)")
+    flag("--ema", type=between(0, 1), help="evaluate an average of the weights with this decay (default: off)")
+    flag("--optimizer", choices=(*OPTIMIZERS, "sam"), default="adamw", help="sam climbs first, at twice the cost")
+    flag("--beta2", type=between(0, 1), help="adamw")
+    flag("--rho", type=positive, help="sam: radius (default: 0.05, adaptive 0.5)")
+    flag("--adaptive", action="store_true", default=None, help="sam: scale the radius with each weight (ASAM)")
+    flag("--base-optimizer", choices=tuple(OPTIMIZERS), help="sam: what it steps with (default: adamw)")
+
+
+def complete(args, defaults):
+    """Refuse flags of another optimizer, then fill in the task's defaults that apply, and SAM's."""
+    defaults = dict(defaults)
+    base = args.base_optimizer or "adamw" if args.optimizer == "sam" else args.optimizer
+    for name, optimizer in USED_BY.items():
+        if optimizer not in (args.optimizer, base):
+            defaults.pop(name, None)
+            if getattr(args, name) is not None:
+                raise ValueError(f"--{name.replace('_', '-')} belongs to --optimizer {optimizer}, not to "
+                                 f"{args.optimizer}; drop one of them")
+    if args.lr is not None:
+        defaults.pop("blr", None)
+        if args.blr is not None:
+            raise ValueError(f"--lr {args.lr:g} and --blr {args.blr:g} both set the learning rate; drop one of them")
+    if args.optimizer == "sam":
+        args.base_optimizer = base
+        args.rho = args.rho or (0.5 if args.adaptive else 0.05)
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+
+
+class Plan(NamedTuple):
+    batch_size: int  # per process and micro-batch
+    effective: int  # images per step
+    steps_per_epoch: int
+    total_steps: int
+    lr: float
+    warmup: float  # steps
+
+
+def plan_steps(args, images, processes):
+    """How a set of images becomes steps. ValueError where an epoch would be empty."""
+    if images == 0:  # all was fitted before the loop (tasks/probe.py)
+        return Plan(args.batch_size, 0, 0, 0, 0.0, 0.0)
+    batches = images // (args.batch_size * processes)
+    if batches == 0:
+        raise ValueError(f"--batch-size {args.batch_size} x {processes} processes is larger than the {images} training "
+                         f"images; use at most {images // processes}")
+    if args.accum > batches:
+        raise ValueError(f"--accum {args.accum} is larger than the {batches} batches of an epoch")
+    steps = math.ceil(batches / args.accum)
+    effective = args.batch_size * args.accum * processes
+    lr = args.lr if args.lr is not None else args.blr * effective / 256
+    warmup = 0.05 * args.epochs if args.warmup_epochs is None else args.warmup_epochs
+    return Plan(args.batch_size, effective, steps, args.epochs * steps, lr, warmup * steps)
+
+
+def lr_at(step, plan, args):
+    """(1)"""
+    if step < plan.warmup:
+        return plan.lr * step / plan.warmup
+    done = (step - plan.warmup) / max(1, plan.total_steps - plan.warmup)
+    left = 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+    return args.min_lr + (plan.lr - args.min_lr) * left
+
+
+def layer_number(name, depths):
+    """0 for the embedding, 1 ... for the blocks, then norm and head. depths: blocks per stage.
+
+    A merging between stages goes with the block it leads to.
+    """
+    if name.startswith(("cls_token", "pos_embed", "patch_embed", "stem")):
+        return 0
+    if name.startswith("blocks."):
+        return int(name.split(".")[1]) + 1
+    if name.startswith("layers."):  # layers.STAGE.blocks.BLOCK.* or layers.STAGE.downsample.*
+        stage, part, block = name.split(".")[1:4]
+        if part == "blocks":
+            return sum(depths[:int(stage)]) + int(block) + 1
+        return sum(depths[:int(stage) + 1]) + 1
+    return sum(depths) + 1
+
+
+def without_decay(name, param, task):
+    """Biases and norms. Pre-training decays tokens and tables, as the official codes do; fine-tuning spares them."""
+    if param.ndim <= 1 or name.endswith(".bias"):
+        return True
+    if task in ("detect", "segment"):
+        return name.endswith(("pos_embed", "relative_position_bias_table"))
+    return task in ("classify", "contrast") and name in ("cls_token", "pos_embed")
+
+
+def param_groups(model, args):
+    """A group per layer and kind, with its weight_decay and lr_scale, (2)."""
+    depths = next((module.depths for module in model.modules() if hasattr(module, "depths")), [args.depth or 0])
+    layer_decay = getattr(args, "layer_decay", 1.0)
+    groups = {}
+    for name, param in model.named_parameters():
+        if not param.requires_grad:
+            continue
+        name = re.sub(r"^(backbone\.)?(pyramid\.)?(encoder\.|vit\.)?", "", name)
+        spared = without_decay(name, param, args.task)
+        scale = layer_decay ** (sum(depths) + 1 - layer_number(name, depths))
+        new = dict(params=[], weight_decay=0.0 if spared else args.weight_decay, lr_scale=scale)
+        groups.setdefault((spared, scale), new)["params"].append(param)
+    return list(groups.values())
+
+
+def build_optimizer(model, args):
+    """The optimizer of the flags; the loop sets its learning rate before each step."""
+    kind = OPTIMIZERS[args.base_optimizer if args.optimizer == "sam" else args.optimizer]
+    options = dict(lr=0.0, momentum=0.9)
+    if kind is torch.optim.AdamW:
+        fused = next(model.parameters()).device.type in ("cuda", "cpu")
+        options = dict(lr=0.0, betas=(0.9, args.beta2), fused=fused)
+    groups = param_groups(model, args)
+    if args.optimizer == "sam":
+        return SAM(groups, kind, rho=args.rho, adaptive=bool(args.adaptive), **options)
+    return kind(groups, **options)
+
+
+def ema_update(decay):
+    """(3), a window that grows with the run, as MIRL fine-tunes."""
+
+    def update(averaged, current, step):
+        d = min(decay, (1 + int(step)) / (10 + int(step)))
+        torch._foreach_lerp_(averaged, current, 1 - d)
+
+    return update

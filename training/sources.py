@@ -1,0 +1,112 @@
+"""Sources: image sets by flag, their subsets, and how they are normalized.
+
+A set has len, classes, mean and std, and gives uint8 images with a label, boxes, or a label per pixel.
+
+Needs: torch; data.py.
+"""
+
+from typing import NamedTuple
+
+from data import AUGMENTATIONS, Folder, channel_statistics, first_of_shuffle, open_source
+from training.flags import count
+
+READ_BY = {  # flags that act on some sets only
+    "data_path": ("cifar10", "cifar100", "folder", "coco", "ade20k"), "download": ("cifar10", "cifar100"),
+    "skip_bad": ("folder",), "data_size": ("shapes",), "scenes": ("shapes",)}
+SHAPES = dict(data_size=4096, scenes="crowded")
+
+
+def source_flags(flag, sets):
+    """The flags of every task. sets: those that have what the task learns from."""
+    flag("--data", choices=sets, default="shapes", help="image set")
+    flag("--data-path", metavar="DIR", help="where it is")
+    flag("--data-size", type=count, help="shapes: training scenes (default: 4096)")
+    flag("--scenes", choices=("simple", "crowded"), help="shapes: one large object, or several on a texture")
+    flag("--train-images", type=count, help="use the first N of a fixed shuffle; with --dry-run the size of the set")
+    flag("--val-images", type=count, help="evaluate on the first N of a fixed shuffle")
+
+
+def image_flags(flag):
+    """The flags of tasks on whole images."""
+    source_flags(flag, ("shapes", "cifar10", "cifar100", "folder"))
+    flag("--download", action="store_true", default=None, help="let torchvision fetch CIFAR")
+    flag("--skip-bad", action="store_true", default=None, help="folder: replace unreadable images instead of stopping")
+    flag("--stats", action="store_true", help="measure mean and std on the data instead of taking the set's own")
+
+
+def augment_flag(flag, default):
+    flag("--augment", choices=AUGMENTATIONS, help=f"(default: {default})")
+
+
+def complete(args):
+    """Refuse flags of another set; the defaults of generated scenes."""
+    for name, sets in READ_BY.items():
+        if getattr(args, name, None) is not None and args.data not in sets:
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --data {' or '.join(sets)}, not to {args.data}; drop "
+                             "it or name the set")
+    if args.data == "shapes":
+        for name, value in SHAPES.items():
+            if getattr(args, name) is None:
+                setattr(args, name, value)
+
+
+class Sources(NamedTuple):
+    train: object
+    val: object  # None where there is none
+    indices: list  # which images of the set are used
+    val_indices: list | None
+    mean: tuple
+    std: tuple
+
+
+def open_images(args, world, need_val=True):
+    """Training and validation set of whole images, opened and, where small, decoded."""
+    options = dict(name=args.data, path=args.data_path, img_size=tuple(args.img_size), size=args.data_size,
+                   skip_bad=args.skip_bad)
+    # rank 0 downloads, the others wait
+    if args.download and not world.main:
+        world.gather(None)
+    train = open_source(train=True, download=bool(args.download and world.main), **options)
+    if args.download and world.main:
+        world.gather(None)
+
+    try:
+        val = open_source(train=False, download=bool(args.download and world.main), **options)
+    except ValueError as error:
+        if need_val:
+            raise
+        val = None  # unlabeled sets often have no second half
+        world.say(f"no validation set: {error}")
+    sources = split(args, train, val)
+
+    # decoded now, once, before loading processes copy it
+    for source, indices in ((sources.train, sources.indices), (sources.val, sources.val_indices)):
+        if isinstance(source, Folder):
+            source.cache(indices, progress=world.main)
+        getattr(source, "images", None)  # shapes are drawn at the first look
+    if args.stats:
+        mean, std = channel_statistics(train)
+        sources = sources._replace(mean=mean, std=std)
+    return sources
+
+
+def split(args, train, val):
+    """The images that --train-images and --val-images leave."""
+    if val is not None and args.task != "pretrain" and list(val.classes) != list(train.classes):
+        differ = sorted(set(train.classes) ^ set(val.classes), key=str)[:3]
+        raise ValueError(f"the classes of train and val differ: {', '.join(map(str, differ)) or 'another order'}")
+    indices = list(range(len(train)))
+    if args.train_images is not None:
+        indices = first_of_shuffle(len(train), args.train_images)
+    val_indices = None
+    if val is not None:
+        val_indices = list(range(len(val)))
+        if args.val_images is not None:
+            val_indices = first_of_shuffle(len(val), args.val_images, "val-images")
+    return Sources(train, val, indices, val_indices, train.mean, train.std)
+
+
+def skipped_images(data):
+    """How many unreadable images were replaced so far, of a folder."""
+    source = getattr(data.train, "source", None)
+    return int(source.bad.sum()) if isinstance(source, Folder) else 0
