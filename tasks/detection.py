@@ -52,20 +52,19 @@ def complete(args):
     if args.img_size and len(set(args.img_size)) > 1:
         raise ValueError(f"--img-size {' '.join(map(str, args.img_size))} must be one number for --task detect: images "
                          "are padded to a square")
-    complete_dense(args, img_size=[128], patch_size=8)
+    complete_dense(args, "quarters", img_size=[128], patch_size=8)
     if (args.init_options.get("rel_pos_bias")) and args.no_rel_pos:
         raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; drop "
                          "that flag")
-    if encoders.is_vit(args):
-        args.global_blocks = args.global_blocks or "quarters"
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0]
 
 
-def complete_dense(args, img_size, patch_size):
+def complete_dense(args, global_blocks, img_size, patch_size):
     """Model and sizes; what acts on a plain ViT only."""
     encoders.inherit(args, img_size=img_size, patch_size=patch_size)
     if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or global_blocks
         if args.window_size and len(args.window_size) > 1:
             raise ValueError(f"--window-size {' '.join(map(str, args.window_size))} must be one number for a plain ViT")
         if args.window_size and args.global_blocks == "all":

@@ -16,7 +16,7 @@ from semantic import Segmentations, open_semantic
 from tasks import Data
 from tasks.detection import (add_dense_flags, build_encoder, complete_dense, describe_positions, split_scenes,
                              synchronized)
-from training import encoders, pictures
+from training import pictures
 from training.flags import count
 
 DEFAULTS = dict(epochs=6, batch_size=16, blr=0.016, beta2=0.999, clip_grad=1.0, schedule="linear", layer_decay=1.0)
@@ -30,9 +30,7 @@ def add_flags(flag):
 
 
 def complete(args):
-    complete_dense(args, img_size=[64], patch_size=8)
-    if encoders.is_vit(args):
-        args.global_blocks = args.global_blocks or "all"
+    complete_dense(args, "all", img_size=[64], patch_size=8)
     args.channels = args.channels or (64 if args.heads == "small" else 512)
     if args.norm == "batch" and args.batch_size == 1:
         raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; take "

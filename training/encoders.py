@@ -79,6 +79,8 @@ def build_encoder(args, skip=(), init_options=None):
     kind, preset = MODELS[args.model]
     names = [name for name in OPTIONS if name not in skip]
     options = options_for(kind, args, names, KINDS, [("class_token", "--no-class-token")])
+    if kind is hierarchical.HierarchicalViT and "num_heads" in options:  # a number per stage, the preset's
+        raise ValueError("--num-heads belongs to ViT, not to HierarchicalViT; drop it")
     if "img_size" in options:
         size = options["img_size"]
         if len(size) > 2:
@@ -165,6 +167,9 @@ def complete(args, skip=()):
     if not isinstance(encoder, resnet.ResNet):
         args.patch_size, args.embed_dim = encoder.patch_size, encoder.embed_dim
         args.stride = encoder.stride  # pixels per token of the last stage
+    elif getattr(args, "layer_decay", None) not in (None, 1.0):
+        raise ValueError(f"--layer-decay {args.layer_decay:g} belongs to ViT, HierarchicalViT or Mixer, not to ResNet; "
+                         "drop it")
     if isinstance(encoder, (vit.ViT, mixer.Mixer)):
         args.depth = len(encoder.blocks)
     if isinstance(encoder, vit.ViT):
