@@ -187,7 +187,7 @@ def evaluate(model, loader, args, data, world):
 def save_picture(folder, model, args, data, rows=6, threshold=0.5):
     """Truth beside what is detected with a score above the threshold: boxes and masks."""
     device = next(model.parameters()).device
-    names = ["", *map(str, data.classes)]
+    names = list(map(str, data.classes))
     truth, detected = [], []
     for image, target in pictures.spread(data.val, rows):
         boxes, labels, masks = target["boxes"], target["labels"], target["masks"].bool()
@@ -201,14 +201,13 @@ def save_picture(folder, model, args, data, rows=6, threshold=0.5):
 
 def predict(model, images, args, classes, threshold=0.05):
     """All objects with a score above the threshold: class, score, box x y w h, mask in COCO's run lengths."""
-    mask, *_ = coco.need_pycocotools()
     results = []
     for out in model(images):
         objects = []
         for k in torch.nonzero(out["scores"] >= threshold).flatten().tolist():
             label = out["labels"][k].item()
             x1, y1, x2, y2 = out["boxes"][k].tolist()
-            rle = coco.encode(mask, out["masks"][k, 0] > 0.5)
+            rle = coco.encode(out["masks"][k, 0] > 0.5)
             objects.append({
                 "class": str(classes[label - 1]),
                 "label": label,
@@ -228,5 +227,5 @@ def draw(image, prediction, classes, threshold=0.5):
     masks = [torch.from_numpy(mask.decode(item["segmentation"])).bool() for item in objects]
     masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
     labels = torch.tensor([item["label"] for item in objects], dtype=torch.long)
-    names = ["", *map(str, classes)]
+    names = list(map(str, classes))
     return pictures.to_pil(coco.draw_objects(image, boxes, labels, masks, names, "yellow"))

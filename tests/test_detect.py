@@ -5,7 +5,11 @@ import torchvision
 from torch import nn
 
 from checkpoints import encoder_options, load_pretrained
-from detect import RelativeBias, ViTPyramid, attend, check_target, init_as_beit, pieces, proposal_recall, vit_mask_rcnn
+from coco import check_target
+from detect import ViTPyramid, init_as_beit, vit_mask_rcnn
+from pyramid import RelativeBias
+from pyramid import attend_in_windows as attend
+from pyramid import split_side as pieces
 from mae import MAE
 from mirl import MIRL
 from mixmim import MixMIM, create_mixmim
@@ -380,14 +384,6 @@ def test_the_random_start_divides_the_last_layers_of_block_l_by_the_root_of_2l()
         # a normal cut at one sigma has 0.54 of its deviation
         assert block.mlp.fc1.weight.std().item() == pytest.approx(0.02 * 0.54, rel=0.05)
         assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 * 0.54 / (2 * number) ** 0.5, rel=0.05)
-
-
-def test_proposal_recall_counts_the_boxes_that_are_covered(monkeypatch):
-    model = detector()
-    images, targets = zip(scene(), scene(box=(0.0, 0.0, 8.0, 8.0)), empty())
-    boxes = [torch.tensor([[8.0, 8, 40, 40]]), torch.tensor([[0.0, 0, 32, 32]]), torch.zeros(0, 4)]
-    monkeypatch.setattr(model.rpn, "forward", lambda *args: (boxes, {}))
-    assert proposal_recall(model, list(images), list(targets)) == (1, 2) and model.training
 
 
 @pytest.mark.parametrize("change, words", [

@@ -392,7 +392,8 @@ BROKEN = "train/dog/4.png"
 def test_a_broken_image_stops_the_run_with_its_path(tmp_path, monkeypatch, capsys, workers):
     monkeypatch.chdir(tmp_path)
     images = save_images(tmp_path / "set", BROKEN, train=6, val=6)
-    error = refused(f"{CLASSIFY} --batch-size 4 --data folder --data-path {images} --workers {workers}", capsys)
+    flags = f"{CLASSIFY.replace('--data-size 64', '')} --batch-size 4 --data folder --data-path {images}"
+    error = refused(f"{flags} --workers {workers}", capsys, before_training=False)
     assert str(images / BROKEN) in error and "--skip-bad" in error
 
 

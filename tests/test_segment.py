@@ -18,9 +18,9 @@ from torch import nn
 from data import EvalBatches, as_lists, make_loader
 from detect import ViTPyramid
 from mixmim import create_mixmim
-from segment import (Segmented, UperNet, confusion_matrix, mean_iou, palette, pixel_loss, predict, save_segments, segment_evaluate, slide, starts,
+from segment import (Segmented, UperNet, confusion_matrix, mean_iou, pixel_loss, predict, segment_evaluate, slide, starts,
                      whole)
-from semantic import Segmentations, SemanticScenes
+from semantic import Segmentations, SemanticScenes, palette, save_segments
 from vit import ViT, create_vit
 
 ROOT = Path(__file__).resolve().parents[1]
