@@ -143,7 +143,7 @@ def read_coco(root):
         ids, names = [entry["id"] for entry in table], [entry["name"] for entry in table]
         good = [entry["train_id"] for entry in table] == list(range(len(ids)))
         good = good and set(ids) <= set(range(1, 256)) and len(set(ids)) == len(ids)
-        good = good and all(isinstance(name, str) for name in names)
+        good = good and len(ids) > 0 and all(isinstance(name, str) for name in names)
     except (ValueError, KeyError, TypeError, RecursionError):
         good = False
     if not good:

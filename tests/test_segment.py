@@ -242,11 +242,10 @@ def test_a_bias_that_the_encoder_brings_is_kept_and_none_is_added():
 
 @pytest.mark.parametrize("make, words", [
     (lambda: upernet(classes=1), "num_classes 1 "), (lambda: upernet(classes=256), "255 marks"), (lambda: upernet(norm="spectral"), "spectral"),
-    (lambda: upernet(nn.Linear(3, 3)), "Linear is no encoder"), (lambda: upernet()(torch.zeros(2, 3, 60, 64)), "60 .height. is not a multiple"),
-    (lambda: upernet()(torch.zeros(2, 1, 64, 64)), "in_chans is 3"),
+    (lambda: upernet(nn.Linear(3, 3)), "encoder Linear"), (lambda: upernet()(torch.zeros(2, 3, 60, 64)), "img_size 60"),
     (lambda: upernet()(torch.zeros(2, 3, 64, 64), torch.zeros(2, 32, 32)), r"labels \(2, 32, 32\)"),
-    (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 32, 48), "window 32 and stride 48"),
-    (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 0), "window 0")])
+    (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 32, 48), "stride .48, 48.*32"),
+    (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 0), "window .0, 0")])
 def test_bad_input_gets_one_sentence(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()

@@ -78,7 +78,7 @@ def spoil(case, root, images, masks):
 @pytest.mark.parametrize("layout", ["ade20k", "coco"])
 @pytest.mark.parametrize("case, words", [
     ("sizes", "a.png: the mask is 30x40, the image 30x41"), ("value", "a.png: value 200 "), ("ignored", "a.png: every pixel is 0"),
-    ("colours", "a.png: .* mode RGB"), ("no image", "a .the first of 1. has a mask"), ("no mask", "a .the first of 1. has an image"),
+    ("colours", "a.png .* mode RGB"), ("no image", "a .the first of 1. lacks an image"), ("no mask", "a .the first of 1. lacks a mask"),
     ("broken image", "cannot read .*a.jpg"), ("broken mask", "cannot read .*a.png"), ("no masks", "holds no"), ("no folder", "has no folder")])
 def test_a_bad_pair_is_named_in_one_sentence(tmp_path, layout, case, words):
     root, images, masks = write(tmp_path, layout)

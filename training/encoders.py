@@ -116,7 +116,11 @@ def inherit(args, default_model="vit_demo", **defaults):
         take_over(args, file["args"])
     args.model = args.model or default_model
     if file and is_vit(args):
-        published_sizes(args, encoder_options(file))
+        try:
+            options = encoder_options(file)
+        except ValueError as error:
+            raise ValueError(f"--init {args.init}: {error}") from None
+        published_sizes(args, options)
     for name, value in defaults.items():
         if not named and getattr(args, name) is None:
             setattr(args, name, value)
