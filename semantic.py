@@ -92,11 +92,13 @@ class SemanticFolder:
         mask = read(mask_path)
         if image.shape[1:] != mask.shape[1:]:
             sizes = ["x".join(map(str, pixels.shape[1:])) for pixels in (mask, image)]
-            raise ValueError(f"{mask_path}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a mask by "
+            raise ValueError(f"{mask_path}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a "
+                             f"mask by "
                              "nearest neighbor)")
         labels = self.table[mask[0].int()]
         if (labels < 0).any():
-            raise ValueError(f"{mask_path}: value {mask[0][labels < 0][0]} is none of the {len(self.classes)} ids; map it, "
+            raise ValueError(f"{mask_path}: value {mask[0][labels < 0][0]} is none of the {len(self.classes)} ids; "
+                             f"map it, "
                              "or write 0 to ignore it")
         if (labels == IGNORE).all():
             raise ValueError(f"{mask_path}: every pixel is 0, which is ignored; label some, or remove image and mask")
@@ -162,10 +164,10 @@ class SemanticScenes(Scenes):
         return scene["image"], scene["semantic"].to(torch.uint8)
 
 
-def open_semantic(name, path, train, img_size, size=4096, seed=0):
-    """The set `name` ("shapes", "ade20k", "coco"): len, sample(i), name(i), classes, mean, std. size: as in open_source."""
+def open_semantic(name, path, train, img_size, size=4096, seed=0, scenes="crowded"):
+    """The set `name` ("shapes", "ade20k", "coco"): len, sample(i), name(i), classes, mean, std. size, scenes: of open_source."""
     if name == "shapes":
-        return SemanticScenes(size if train else max(1, size // 4), img_size, seed, train)
+        return SemanticScenes(size if train else max(1, size // 4), img_size, seed, train, scenes)
     return SemanticFolder(name, path, train)
 
 
@@ -193,7 +195,8 @@ class Segmentations(Dataset):
         shorter = min(size)
         low, high = (round(shorter * scale) for scale in scale_range)
         if not 1 <= low <= high:
-            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at least a "
+            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
+                             f"least a "
                              f"pixel of {shorter}; try (0.5, 2.0)")
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
@@ -231,7 +234,7 @@ def palette(classes):
     """A color per class, (K + 1, 3) in [0, 1], neighbors far apart; "background" is gray, the last (ignored) black."""
     number = torch.arange(len(classes))
     hue, turn = number * 0.381966 % 1, number % 3  # a golden angle apart; three shades take turns
-    colors = shapes.colour(hue, 0.9 - 0.2 * turn, 0.35 + 0.15 * turn)
+    colors = shapes.color(hue, 0.9 - 0.2 * turn, 0.35 + 0.15 * turn)
     colors[[name == "background" for name in classes]] = 0.25
     return torch.cat([colors, torch.zeros(1, 3)])
 
@@ -312,7 +315,8 @@ if __name__ == "__main__":
     pairs = [train[0, i] for i in range(5)]
     images, labels = torch.stack([image for image, _ in pairs]), torch.stack([part for _, part in pairs])
     outside = labels == IGNORE
-    print(f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect True)")
+    print(f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect "
+          f"True)")
     zero = not images.movedim(1, -1)[outside].any()
     print(f"{outside.sum()} pixels beyond the scenes, all zero after normalization: {zero} (expect True)")
     print("saved semantic_demo.png")

@@ -233,7 +233,8 @@ def parser_for(task):
 
 
 def run_flags(flag):
-    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under runs/)")
+    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under "
+                                                        "runs/)")
     flag("--resume", action="store_true", help="continue the run in --output-dir")
     flag("--seed", type=between(0, 2**32, int), default=0)
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
@@ -270,7 +271,8 @@ def find_task(argv):
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
     if saved and saved.get("task") not in TASKS:
-        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of {', '.join(TASKS)}")
+        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of "
+                         f"{', '.join(TASKS)}")
     if saved and task not in (None, saved["task"]):
         raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
@@ -341,7 +343,8 @@ def start(args):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of memory; "
+        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of "
+                         f"memory; "
                          "continue with --resume and fewer --workers") from None
     finally:
         world.close()

@@ -13,7 +13,7 @@ Source: Dosovitskiy et al. 2021, arXiv 2010.11929; presets S-54, B-24, B-48 from
 initialization and sin-cos table of MAE, arXiv 2111.06377; layer scale and relative position bias of BEiT,
 arXiv 2106.08254. Written from the papers, with timm's and MAE's parameter names, for checkpoints.py.
 Needs: torch, torchvision, einops.
-Demo: python vit.py (10 s on a CPU) learns to find a cross among dots, and prints where the class token looks.
+Demo: python vit.py (10 s on a CPU) learns to find a cross among dots.
 """
 
 import math
@@ -411,26 +411,15 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     cross = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
     colors = torch.rand(10, 3)[..., None, None]
-
-    def scenes(n):  # images (n, 3, 16, 16), color and patch of the cross
-        label, place = torch.randint(10, (n,)), torch.randint(16, (n,))
-        patches = colors[torch.randint(10, (n, 16))] * (1 - cross)  # (n, 16, 3, 4, 4)
-        patches[torch.arange(n), place] = colors[label] * cross
-        return rearrange(patches, "n (gh gw) c p q -> n c (gh p) (gw q)", gh=4), label, place
-
     model = create_vit("vit_demo", img_size=16, depth=4, num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(200):
-        imgs, label, _ = scenes(64)
-        loss = F.cross_entropy(model(imgs), label)
+        label, place = torch.randint(10, (64,)), torch.randint(16, (64,))
+        patches = colors[torch.randint(10, (64, 16))] * (1 - cross)  # (B, 16, 3, 4, 4)
+        patches[torch.arange(64), place] = colors[label] * cross
+        logits = model(rearrange(patches, "n (gh gw) c p q -> n c (gh p) (gw q)", gh=4))
         optimizer.zero_grad()
-        loss.backward()
+        F.cross_entropy(logits, label).backward()
         optimizer.step()
-
-    imgs, label, place = scenes(256)
-    with torch.no_grad():
-        accuracy = (model(imgs).argmax(dim=1) == label).float().mean()
-        attn = model.forward_features(imgs, return_attn=True)[1][-1]  # of the last block
-    share = attn[torch.arange(256), :, 0, 1 + place].mean()
-    print(f"accuracy on new scenes {accuracy:.2f} (chance: 0.10; expect above 0.9)")
-    print(f"attention of the class token to the cross {share:.2f} (uniform: 0.06; expect above 0.2)")
+    accuracy = (logits.argmax(dim=1) == label).float().mean()
+    print(f"accuracy on the last new scenes {accuracy:.2f} (chance: 0.10; expect above 0.9)")

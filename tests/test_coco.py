@@ -124,7 +124,7 @@ def test_masks_are_kept_as_run_lengths(scenes, monkeypatch):
 
 @pytest.fixture
 def layout(tmp_path):
-    """Three images: an RGB one with an object and a crowd, a grey one with an object of the other class, an empty one."""
+    """Three images: an RGB one with an object and a crowd, a gray one with an object of the other class, an empty one."""
     (tmp_path / "train2017").mkdir()
     (tmp_path / "annotations").mkdir()
     for name, channels in (("a.jpg", 3), ("b.jpg", 1), ("c.jpg", 3)):
@@ -148,7 +148,7 @@ def test_a_data_set_in_cocos_layout_gives_contiguous_labels_no_crowds_and_typed_
     source = CocoImages(layout())
     assert source.classes == ["dog", "cat"] and source.ids == [2, 5] and source.image_ids == [3, 7, 9]
     samples = [source.sample(i) for i in range(3)]
-    assert [image.shape for image, _ in samples] == [(3, 30, 40)] * 3  # grey became RGB
+    assert [image.shape for image, _ in samples] == [(3, 30, 40)] * 3  # gray became RGB
     assert [target["labels"].tolist() for _, target in samples] == [[1], [2], []]
     torch.testing.assert_close(samples[0][1]["boxes"], torch.tensor([[5.0, 5, 15, 20]]))
     assert samples[0][1]["masks"].sum() == 150 and samples[2][1]["boxes"].shape == (0, 4) and samples[2][1]["masks"].shape == (0, 30, 40)

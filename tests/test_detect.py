@@ -171,7 +171,7 @@ def test_beits_shared_bias_is_taken_over_by_both_tables():
 
 
 def filled(model):
-    """A state dict of numbers that no initialisation gives."""
+    """A state dict of numbers that no initialization gives."""
     return {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) for name, value in model.state_dict().items()}
 
 

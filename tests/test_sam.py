@@ -812,12 +812,12 @@ def test_a_closure_that_returns_nothing_is_told_so():
 
 PARALLEL = {  # arguments of step, micro-batches on each process, which of the backward passes of a step average
     "local": (dict(), 1, [False, True]),
-    "synchronised": (dict(sync_perturbation=True), 1, [True, True]),
+    "synchronized": (dict(sync_perturbation=True), 1, [True, True]),
     "without model": (dict(model=None), 1, [True, True]),
     "list": (dict(), 2, [False, False, False, True]),
-    "synchronised list": (dict(sync_perturbation=True), 2, [False, True, False, True]),
+    "synchronized list": (dict(sync_perturbation=True), 2, [False, True, False, True]),
     "split list": (dict(split=True), 2, [False, False, False, True]),
-    "synchronised split list": (dict(split=True, sync_perturbation=True), 2, [True, False, True, True]),
+    "synchronized split list": (dict(split=True, sync_perturbation=True), 2, [True, False, True, True]),
 }
 RHO, LR, STEPS = 0.5, 0.2, 3
 
@@ -908,10 +908,10 @@ def by_hand(climbs):
     return weights(model)
 
 
-CLIMBS = {name: [list(range(16))] for name in ("synchronised", "without model", "synchronised list")}
+CLIMBS = {name: [list(range(16))] for name in ("synchronized", "without model", "synchronized list")}
 CLIMBS |= {name: [list(range(8)), list(range(8, 16))] for name in ("local", "list")}
 CLIMBS["split list"] = [list(range(k, k + 4)) for k in (0, 4, 8, 12)]
-CLIMBS["synchronised split list"] = [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)]]
+CLIMBS["synchronized split list"] = [[*range(4), *range(8, 12)], [*range(4, 8), *range(12, 16)]]
 
 
 @pytest.mark.parametrize("view", [False, True], ids=["", "bucket view"])
@@ -929,8 +929,8 @@ def test_two_processes_end_with_the_same_weights_and_those_computed_by_hand(rank
         assert total_norm(moved).item() == pytest.approx(RHO, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["synchronised", "synchronised list"])
-def test_synchronised_processes_are_one_process_with_the_big_batch(ranks, name):
+@pytest.mark.parametrize("name", ["synchronized", "synchronized list"])
+def test_synchronized_processes_are_one_process_with_the_big_batch(ranks, name):
     x, y = batch(size=16)
     model = mlp()
     optimizer = SAM(model.parameters(), SGD, rho=RHO, lr=LR, momentum=0.9)
@@ -986,7 +986,7 @@ def test_what_sam_adds_to_the_two_passes_costs_at_most_two_and_a_half_adamw_upda
     assert ratio <= 2.5
 
 
-# ---------------------------------------------------------------------------- copies, maximising, odd calls
+# ---------------------------------------------------------------------------- copies, maximizing, odd calls
 
 
 def quadratic_closure(optimizer, w, backward=lambda: True):
@@ -1011,8 +1011,8 @@ def test_a_copy_of_model_and_optimizer_goes_on_like_the_original(copier):
     assert other.param_groups is other.base_optimizer.param_groups and other.param_groups[0]["params"][0] is v
 
 
-def test_a_maximised_objective_is_met_where_it_is_lowest():
-    w = torch.tensor([1.0], requires_grad=True)  # maximise -w^2: the worst within 0.5 is at 1.5, with gradient -3
+def test_a_maximized_objective_is_met_where_it_is_lowest():
+    w = torch.tensor([1.0], requires_grad=True)  # maximize -w^2: the worst within 0.5 is at 1.5, with gradient -3
     optimizer = SAM([w], SGD, rho=0.5, lr=0.1, maximize=True)
 
     def closure():
