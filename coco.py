@@ -270,7 +270,6 @@ def coco_evaluate(
         covered = sum(share[1] for share in shares)
         boxes = sum(share[2] for share in shares)
     results.sort(key=lambda result: (result["image_id"], -result["score"], result["bbox"]))
-
     metrics = {"proposal_recall": covered / boxes} if boxes else {}
     metrics |= average_precision(results, truth, "box", image_ids)
     if not results or "segmentation" in results[0]:
@@ -284,7 +283,6 @@ def average_precision(results, truth, kind, image_ids):
     if not results:
         has_objects = truth.getAnnIds(imgIds=image_ids or [], iscrowd=False)
         return {f"{kind}_{name}": 0.0 if has_objects else -1.0 for name in AP}
-
     # without the boxes of masks: pycocotools would take a box's area for the mask's
     other = "segmentation" if kind == "box" else "bbox"
     results = [{key: value for key, value in result.items() if key != other} for result in results]
@@ -316,7 +314,6 @@ def proposals_of(model):
 
     def record(rpn, args, out):
         proposals.extend(zip(args[0].image_sizes, out[0], strict=True))
-
     hook = getattr(model, "rpn", torch.nn.Identity()).register_forward_hook(record)
     try:
         yield proposals
@@ -408,17 +405,15 @@ def check_target(image, target, num_classes, name="image"):
 if __name__ == "__main__":
     source = ShapeScenes(24, 96, train=False)
     samples = [Detections(source)[0, i] for i in range(24)]
+    model = torch.nn.Module()
     for shift in (0, 1, 3, 9):
-        # a "detector" that predicts the truth, moved to the right by some pixels
         targets = iter([target for _, target in samples])
-        model = torch.nn.Module()
 
-        def forward(images):
+        def forward(images):  # a "detector" that predicts the truth, moved to the right
             target = next(targets)
             boxes = target["boxes"] + torch.tensor([shift, 0, shift, 0])
             masks = target["masks"].roll(shift, dims=2)[:, None].float()
             return [dict(boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks)]
-
         model.forward = forward
         result = coco_evaluate(model, [as_lists([sample]) for sample in samples], source.truth(), source.ids)
         print(f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}")

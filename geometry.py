@@ -65,8 +65,7 @@ def as_list(x):
 
 
 def mean_loss(loss_fn):
-    losses = [float(f()) for f in as_list(loss_fn)]
-    return sum(losses) / len(losses)
+    return sum(float(f()) for f in as_list(loss_fn)) / len(as_list(loss_fn))
 
 
 def normal_like(params, generator):
@@ -141,7 +140,6 @@ def hessian_vector_product(loss_fns, params):
                              "without "
                              "no_grad or detach?")
         return [g if g is not None and g.requires_grad else None for g in grads]  # None: no curvature
-
     kept = gradient(loss_fns[0]) if len(loss_fns) == 1 else None
     sizes = [p.numel() for p in params]
 
@@ -156,7 +154,6 @@ def hessian_vector_product(loss_fns, params):
                     [grads[k] for k in curved], params, [parts[k] for k in curved],
                     retain_graph=kept is not None, materialize_grads=True))
         return total / len(loss_fns)
-
     return product
 
 
@@ -316,7 +313,6 @@ def active_neurons(model, inputs, layers=None):
             counts[name][0] += (out > 0).sum().item()
             counts[name][1] += out.numel()
         return hook
-
     handles = [modules[name].register_forward_hook(watch(name)) for name in names]
     try:
         with measuring(model):
@@ -396,14 +392,12 @@ def borrowed(params):
 
 if __name__ == "__main__":
     from sam import SAM
-
     # two spirals, one point in ten with the wrong label: fitting those takes a sharp minimum
     torch.manual_seed(0)
     t, y = 0.3 + 2.5 * torch.rand(256), torch.arange(256) % 2
-    angle = 3 * t + math.pi * y
-    x = torch.stack([t * angle.cos(), t * angle.sin()], 1) + 0.05 * torch.randn(256, 2)
+    x = torch.polar(t, 3 * t + math.pi * y)
+    x = torch.view_as_real(x) + 0.05 * torch.randn(256, 2)
     y = torch.where(torch.rand(256) < 0.1, 1 - y, y)
-
     print("rho    loss  lambda  L_N - L  doubling radius  active neurons  |w|")
     for rho in (0.0, 0.02, 0.05, 0.2, 0.5):
         torch.manual_seed(1)
@@ -417,7 +411,6 @@ if __name__ == "__main__":
 
         def loss_fn():
             return nn.functional.cross_entropy(net(x), y)
-
         top = hessian_max_eigenvalue(net, loss_fn)
         gap = average_flatness(net, loss_fn, sigma=0.05).gap
         radius = doubling_radius(loss_surface(net, loss_fn, radius=0.4))

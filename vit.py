@@ -1,13 +1,12 @@
 """ViT: an image as a sequence of patches.
 
 Cut the image into squares, embed each one linearly, add its position, and let self-attention blocks mix the
-sequence. A class token, or the mean of the patch tokens, represents the image.
+sequence. A class token, or the mean of the patch tokens, represents the image. Deep and narrow (S-54: 54 blocks) is
+the same code as wide and shallow (B: 12 blocks).
 
     z_0 = [cls ; W x_1 + b ; ... ; W x_N + b] + pos               (1)
     z   = z + Attention(LN z),  then  z = z + MLP(LN z)           (2)   pre-norm block
     Attention(z) = softmax(q k^T / sqrt(d) + bias) v, then proj   (3)   bias: BEiT only
-
-Deep and narrow (S-54: 54 blocks) is the same code as wide and shallow (B: 12 blocks).
 
 Source: Dosovitskiy et al. 2021, arXiv 2010.11929; presets S-54, B-24, B-48 from MIRL, arXiv 2309.14136;
 initialization and sin-cos table of MAE, arXiv 2111.06377; layer scale and relative position bias of BEiT,
@@ -174,7 +173,6 @@ class ViT(nn.Module):
         self.grid_size = self.grid(*self.img_size)  # (gh, gw)
         self.checkpointing, self.weight_init = checkpointing, weight_init
         self.has_relative_bias = rel_pos_bias is not None
-
         # (1)
         self.patch_embed = PatchEmbed(patch_size, in_chans, embed_dim)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, embed_dim)) if class_token else None
@@ -183,7 +181,6 @@ class ViT(nn.Module):
             self.pos_embed = nn.Parameter(torch.zeros(1, class_token + math.prod(self.grid_size), embed_dim))
         elif pos_embed == "sincos":
             self.fix_pos_embed()
-
         # (2), (3)
         self.rel_pos_bias = nn.Module() if rel_pos_bias == "shared" else None
         if self.rel_pos_bias is not None:
@@ -236,7 +233,6 @@ class ViT(nn.Module):
 
     def forward_features(self, x, return_attn=False, layers=None):
         """Tokens (B, 1 + N, D) after the last norm (pool="mean": before fc_norm); nothing is ever masked.
-
         layers       block numbers, -1 the last: a list of those blocks' raw outputs instead
         return_attn  also a list of attention weights (B, h, 1 + N, 1 + N), one per block or chosen layer
         """
@@ -326,7 +322,6 @@ def init_vit(model, weight_init):
             nn.init.normal_(token, std=0.02)
     if weight_init == "mae":
         return
-
     # what JAX does differently: zero head and class token, q, k, v each by itself, MLP biases not quite zero
     model.reset_classifier(model.num_classes)
     if model.cls_token is not None:
@@ -414,12 +409,12 @@ if __name__ == "__main__":
     model = create_vit("vit_demo", img_size=16, depth=4, num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for _ in range(200):
-        label, place = torch.randint(10, (64,)), torch.randint(16, (64,))
+        label = torch.randint(10, (64,))
         patches = colors[torch.randint(10, (64, 16))] * (1 - cross)  # (B, 16, 3, 4, 4)
-        patches[torch.arange(64), place] = colors[label] * cross
+        patches[torch.arange(64), torch.randint(16, (64,))] = colors[label] * cross
         logits = model(rearrange(patches, "n (gh gw) c p q -> n c (gh p) (gw q)", gh=4))
-        optimizer.zero_grad()
         F.cross_entropy(logits, label).backward()
         optimizer.step()
-    accuracy = (logits.argmax(dim=1) == label).float().mean()
-    print(f"accuracy on the last new scenes {accuracy:.2f} (chance: 0.10; expect above 0.9)")
+        optimizer.zero_grad()
+    right = (logits.argmax(dim=1) == label).sum()
+    print(f"{right} of the last 64 new scenes are right (chance: 6; expect above 58)")

@@ -26,6 +26,7 @@ TINY = f"{VIT} --data-size 64 --batch-size 8 --epochs 2"  # 8 steps an epoch, 16
 PRETRAIN = f"--task pretrain --segments 2 {TINY}"
 CLASSIFY = f"--task classify {TINY}"
 PROBE = f"--task probe --style adamw {VIT} --data-size 64 --batch-size 32 --epochs 5"
+FOLDER = f"--task classify {VIT} --batch-size 4 --epochs 2 --data folder"
 CONTRAST = f"--task contrast {TINY}"
 HIERARCHICAL = "--img-size 32 --embed-dim 16 --window-size 4 4 2"  # 2 x 2 positions of 16 pixels
 MIXMIM = f"--task pretrain --method mixmim {HIERARCHICAL} --data-size 64 --batch-size 8 --epochs 2"

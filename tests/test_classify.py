@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, HIERARCHICAL, MIXMIM, PRETRAIN, RESNET, TINY, VIT, built, checkpoint, epochs, log, refused, start,
+    CLASSIFY, HIERARCHICAL, MIXMIM, PRETRAIN, RESNET, STILL, TINY, VIT, built, checkpoint, epochs, log, refused, start,
     weights)
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -64,8 +64,8 @@ def test_the_loss_of_mixed_images_is_the_smoothed_cross_entropy_of_mixed_labels(
 
 
 SOURCES = {
-    "mirl": (PRETRAIN, "--layer-decay 0.7"), "mixmim": (MIXMIM, "--layer-decay 0.7"), "plain mixmim": (PLAIN_MIXMIM, ""),
-    "mixer": (MIXER, "--optimizer sam --layer-decay 0.7"), "resnet": (RESNET, "")}
+    "mirl": (PRETRAIN, "--layer-decay 0.7"), "mixmim": (MIXMIM, "--layer-decay 0.7"),
+    "plain mixmim": (PLAIN_MIXMIM, ""), "mixer": (MIXER, "--optimizer sam --layer-decay 0.7"), "resnet": (RESNET, "")}
 
 
 @pytest.mark.parametrize("flags, more", SOURCES.values(), ids=SOURCES)

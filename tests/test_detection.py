@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from small_runs import (
-    DETECT, assert_same_bits, assert_same_run, checkpoint, judged, killed, log, on_each_loss, refused, start, weights)
+    DETECT, STILL, assert_same_bits, assert_same_run, checkpoint, judged, killed, log, on_each_loss, refused, start, weights)
 
 import train
 from data import first_of_shuffle

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from small_runs import HIERARCHICAL, MIXMIM, PRETRAIN, TINY, VIT, built, epochs, log, on_each_loss, start, weights
+from small_runs import HIERARCHICAL, MIXMIM, PRETRAIN, STILL, TINY, VIT, built, epochs, log, on_each_loss, start, weights
 from torch.utils.data import default_collate
 
 from tasks import load_run

@@ -4,7 +4,7 @@ import re
 
 import pytest
 from small_runs import (
-    CLASSIFY, FLAT, PRETRAIN, ROOT, VIT, assert_close, judged, log, start, torchrun, weights)
+    FLAT, FOLDER, PRETRAIN, ROOT, VIT, assert_close, judged, log, start, torchrun, weights)
 
 import train
 
@@ -114,6 +114,6 @@ def test_a_broken_image_is_named_by_whichever_rank_meets_it(tmp_path):
 
     images = save_images(tmp_path / "set", BROKEN, train=6, val=6)
     for seed in range(2):  # in one of these the broken image falls to rank 1
-        flags = f"{CLASSIFY} --batch-size 6 --seed {seed} --data folder --data-path {images}"
+        flags = f"{FOLDER} --batch-size 6 --seed {seed} --data-path {images}"
         done = torchrun([str(ROOT / "train.py"), *flags.split()], tmp_path)
         assert done.returncode != 0 and "dog/4.png" in done.stderr

@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from small_runs import SEGMENT, assert_same_bits, assert_same_run, built, judged, killed, log, refused, start, weights
+from small_runs import (
+    SEGMENT, STILL, assert_same_bits, assert_same_run, built, judged, killed, log, refused, start, weights)
 from torchvision.transforms.functional import to_pil_image
 
 from tasks import load_run
