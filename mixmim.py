@@ -223,8 +223,8 @@ class MixMIM(nn.Module):
     def attention_source(self, mask):
         """masked_attention=False: tokens attend to both images.
 
-        In short runs of ours this one-line change lowers the loss, on held-out images too. That does not make
-        it a better pre-training: the task is another, easier one. No answer leaks, since the replaced patches
+        In short runs of ours this one-line change lowers the loss, on held-out images too. A lower loss alone
+        is no better pre-training: the task is another, easier one. No answer leaks, as the replaced patches
         of A are not in the mixture. But tokens of B attend to A and can pass on what they compute, as mask
         tokens would, so more tokens work on each prediction. In return the features of A depend on B, and
         after pre-training the encoder never sees a mixture again. Compare features (a probe), not losses.
