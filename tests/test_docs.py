@@ -1,6 +1,5 @@
 """README and docs: their code runs, their commands parse, what they name exists."""
 
-import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -11,14 +10,14 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
-TINY = shlex.split("--data-size 16 --epochs 1 --batch-size 4 --device cpu")  # appended to a command: the last value counts
-
-needs_tasks = pytest.mark.skipif(importlib.util.find_spec("tasks") is None, reason="train.py is not in its new form yet")
+# appended to a command; the last value of a flag counts
+TINY = shlex.split("--data-size 16 --epochs 1 --batch-size 4 --device cpu")
 
 
 def blocks(page, *languages):
     """The text of the fenced code blocks of a page."""
-    return [code for language, code in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S) if language in languages]
+    fences = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text(), re.M | re.S)
+    return [code for language, code in fences if language in languages]
 
 
 def commands(*pages):
@@ -43,7 +42,10 @@ def training(*pages):
 
 
 def parsed(*pages):
-    """The same without --check, which needs no parser, and without --init, whose file is written by an earlier run."""
+    """The same, as test cases.
+
+    Without --check, which needs no parser, and without --init, whose file an earlier command writes.
+    """
     cases = []
     for arguments in training(*pages):
         if "--check" in arguments:
@@ -77,10 +79,10 @@ def run_in_order(argument_lists, more=()):
             train.main([*arguments, *more])
 
 
-def chapter(page, title):
-    """The commands of train.py between a title and the next one."""
-    text = page.read_text().split(f"\n## {title}\n")[1].split("\n## ")[0]
-    lines = [line for line in text.splitlines() if line.startswith("python train.py")]
+def first_commands():
+    """The README's commands that build on each other: those that name a folder under runs/."""
+    text = README.read_text().split("\n## How to train\n")[1].split("\n## ")[0]
+    lines = [line for line in text.splitlines() if line.startswith("python train.py") and "runs/" in line]
     return [program(line)[1] for line in lines]
 
 
@@ -93,7 +95,6 @@ def test_every_python_block_runs(code, tmp_path, monkeypatch):
     run_snippet(code)
 
 
-@needs_tasks
 @pytest.mark.parametrize("arguments", parsed(*PAGES))
 def test_every_training_command_parses(arguments, monkeypatch):
     import train
@@ -111,18 +112,16 @@ def test_every_other_command_starts_a_file_that_exists(line):
     assert (ROOT / program(line)[0]).is_file()
 
 
-@needs_tasks
 def test_the_training_commands_of_the_readme_run_in_their_order(tmp_path, monkeypatch):
     pytest.importorskip("pycocotools")
     monkeypatch.chdir(tmp_path)
-    sequence = [arguments for arguments in chapter(README, "How to train") if "runs/" in " ".join(arguments)]
+    sequence = first_commands()
     assert [arguments[1] for arguments in sequence] == ["pretrain", "probe", "classify", "detect", "segment"]
     run_in_order(sequence, TINY)
     for case in snippets(after_training=True):
         run_snippet(case.values[0])
 
 
-@needs_tasks
 def test_the_training_commands_of_the_lessons_run(tmp_path, monkeypatch):
     pytest.importorskip("pycocotools")
     monkeypatch.chdir(tmp_path)
@@ -132,10 +131,9 @@ def test_the_training_commands_of_the_lessons_run(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@needs_tasks
 def test_the_training_commands_of_the_readme_run_literally(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run_in_order([arguments for arguments in chapter(README, "How to train") if "runs/" in " ".join(arguments)])
+    run_in_order(first_commands())
 
 
 # ---------------------------------------------------------------------------- size, links, names
@@ -193,8 +191,8 @@ def test_the_readme_shows_the_two_lines_that_do_everything():
 
 
 def test_no_table_cell_of_the_readme_is_a_sentence():
-    cells = [cell.strip() for line in README.read_text().splitlines() if line.startswith("|") for cell in line.split("|")]
-    assert not [cell for cell in cells if cell.endswith(".") or ". " in cell]
+    rows = [line for line in README.read_text().splitlines() if line.startswith("|")]
+    assert not [row for row in rows if re.search(r"\.( |$)", row)]
 
 
 def test_every_paper_that_the_code_names_is_cited():
