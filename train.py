@@ -27,7 +27,6 @@ import time
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
@@ -35,9 +34,10 @@ from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
-from training.flags import Parser, between, count, refuse
+from training.flags import Parser, between, count, path, positive, refuse
 from training.optim import lr_at, plan_steps
-from training.runs import Run, Stop, World, choose_folder, same_flags, saved_flags
+from training.runs import Run, check_folder, same_flags, saved_flags
+from training.world import Stop, World
 
 TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
          "segment": segmentation}
@@ -67,13 +67,14 @@ def fit(args, task, world, run, stop):
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=world.device_ids)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=world.bf16(args.precision))
+    autocast = world.autocast(args.precision)
 
     # steps, batches, optimizer
     plan = plan_steps(args, len(data.train), world.size)
     batches, loader, val_loader = make_loaders(args, data, plan, world)
     optimizer = optim.build_optimizer(learner, args)
     sam = args.optimizer == "sam"
+    statistics = optim.batch_statistics(learner)
 
     # where to start: at the beginning, or where the last checkpoint was
     at = run.restore(plan, model=model, optimizer=optimizer, ema=ema)
@@ -84,12 +85,11 @@ def fit(args, task, world, run, stop):
     run.open(data)
 
     learner.train()
-    bad_in_a_row = 0
     for epoch in range(at.epoch, args.epochs):
         first = at.step - epoch * plan.steps_per_epoch
         batches.epoch, batches.start = epoch, first * args.accum
-        stream = iter(loader)
-        clock, waited, images = time.monotonic(), 0.0, 0
+        stream, clock = iter(loader), time.monotonic()
+        waited, images = 0.0, 0
         bar = world.progress(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}")
         for _ in bar:
             # learning rate
@@ -107,37 +107,36 @@ def fit(args, task, world, run, stop):
 
             def closure():
                 nonlocal bad, stopped
-                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # equal dropout in both passes
+                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # SAM: equal dropout twice
                 optimizer.zero_grad()
-                total = 0.0
-                for n, batch in enumerate(window, start=1):
-                    # DDP averages the gradients once per step, in the last backward pass
-                    alone = world.size == 1 or n == len(window)
-                    with nullcontext() if alone else wrapped.no_sync():
-                        with autocast:
-                            loss = task.loss(wrapped, batch, args, data) / len(window)
-                        loss.backward()
-                    total += loss.item()
+                parts = backward(window, wrapped, task, args, data, world, autocast)
+                climbs = sam and not losses  # only the direction of this gradient counts
+                norm = optim.clip_gradients(learner, None if climbs else args.clip_grad)
 
                 # one decision for all ranks: the mean loss, a fault anywhere, a signal anywhere
-                mean, faults, stops = world.sum([total, not math.isfinite(total), stop.signal is not None])
-                losses.append(mean / world.size)
-                bad, stopped = bad or faults > 0, stops > 0
+                *parts, norm = torch.stack([*parts, norm]).tolist()
+                loss = sum(parts)
+                faulty = not math.isfinite(loss + norm)
+                total, faults, stops = world.sum([loss, faulty, stop.signal is not None])
+                losses.append(total / world.size)
+                bad = bad or faults > 0
+                stopped = stops > 0
                 if bad and not sam:
                     optimizer.zero_grad()  # without gradients a step changes nothing
-                elif args.clip_grad and (not sam or len(losses) == 2):  # SAM's first gradient is a direction only
-                    nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
-                return torch.tensor(math.nan if bad else total)
+                return torch.tensor(math.nan if bad else loss)
 
             # step; SAM climbs with each rank's own gradient, and averages the second one only
+            before = [buffer.clone() for buffer in statistics]
             optimizer.step(closure, **({"model": wrapped} if sam else {}))
             bad = bad or sam and optimizer.last["skipped"]
             at.step += 1
             images += len(window) * plan.batch_size * world.size
-            bad_in_a_row = bad_in_a_row + 1 if bad else 0
+            at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
             if bad:
                 at.bad_steps += 1
-                run.report_bad_step(at, lr, gives_up=bad_in_a_row == MAX_BAD_STEPS)
+                for buffer, value in zip(statistics, before):
+                    buffer.copy_(value)
+                run.report_bad_step(at, lr, gives_up=at.bad_in_a_row == MAX_BAD_STEPS)
             else:
                 at.loss_sum += losses[0]
                 at.loss_count += 1
@@ -146,12 +145,11 @@ def fit(args, task, world, run, stop):
 
             # log, and once in a while save
             if at.step % LOG_EVERY == 0:
-                line = dict(step=at.step, loss=losses[0], lr=lr, img_s=images / (time.monotonic() - clock))
-                if sam:
-                    line |= dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"])
+                speed = images / (time.monotonic() - clock)
+                climbed = dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                run.log(step=at.step, loss=losses[0], lr=lr, img_s=speed, **climbed)
                 bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {lr:.1e}")
-                run.log(**line)
-            if stopped or run.save_is_due():
+            if not bad and (stopped or run.save_is_due()):
                 run.save(at, epoch)
             if stopped:
                 run.exit(stop, at)
@@ -161,7 +159,7 @@ def fit(args, task, world, run, stop):
         at.line = dict(
             epoch=epoch + 1,
             step=at.step,
-            train_loss=at.loss_sum / max(1, at.loss_count),
+            train_loss=at.loss_sum / at.loss_count if at.loss_count else math.nan,
             lr=lr_at(at.step - 1, plan, args),
             img_s=images / seconds,
             data_share=waited / seconds,
@@ -179,9 +177,24 @@ def fit(args, task, world, run, stop):
             if world.main and (data.final or not data.learner):
                 task.save_picture(run.folder, model if data.learner else judged, args, data)
         at.loss_sum, at.loss_count = 0.0, 0
-        run.save(at, epoch + 1)
-    run.close()
+        if at.bad_in_a_row == 0:
+            run.save(at, epoch + 1)
+    run.close(at)
     return at.line
+
+
+def backward(window, wrapped, task, args, data, world, autocast):
+    """Gradients of the mean loss over a window of micro-batches -> their shares of it."""
+    losses = []
+    for n, batch in enumerate(window, start=1):
+        # DDP averages the gradients once per step, in the last backward pass
+        alone = world.size == 1 or n == len(window)
+        with nullcontext() if alone else wrapped.no_sync():
+            with autocast:
+                loss = task.loss(wrapped, batch, args, data) / len(window)
+            loss.backward()
+        losses.append(loss.detach())
+    return losses
 
 
 def make_loaders(args, data, plan, world):
@@ -211,7 +224,7 @@ def parser_for(task):
     """The parser of one task: its own flags, and those of every task."""
     module = TASKS[task]
     parser = Parser(prog=f"train.py --task {task}", description=module.__doc__)
-    parser.set_defaults(task=task)
+    parser.add_argument("--task", choices=tuple(TASKS), default=task, help="this one")
     module.add_flags(parser.group(f"flags of --task {task}"))
     optim.optimizer_flags(parser.group("optimization"))
     run_flags(parser.group("the run"))
@@ -220,7 +233,8 @@ def parser_for(task):
 
 
 def run_flags(flag):
-    flag("--output-dir", metavar="DIR", help="folder of the run (default: the next free number under runs/)")
+    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under "
+                                                        "runs/)")
     flag("--resume", action="store_true", help="continue the run in --output-dir")
     flag("--seed", type=between(0, 2**32, int), default=0)
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
@@ -230,7 +244,7 @@ def run_flags(flag):
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
     flag("--compile", action="store_true", help="torch.compile")
     flag("--dry-run", action="store_true", help="print sizes and costs, train nothing, need no data")
-    flag("--tflops", type=between(0, 1e6), default=100.0, help="device speed that --dry-run assumes")
+    flag("--tflops", type=positive, default=100.0, help="device speed that --dry-run assumes")
 
 
 def find_task(argv):
@@ -239,9 +253,10 @@ def find_task(argv):
     early.add_argument("--task", choices=tuple(TASKS))
     early.add_argument("--probe", action="store_true")  # --task classify --probe means --task probe
     early.add_argument("--resume", action="store_true")
-    early.add_argument("--output-dir")
+    early.add_argument("--output-dir", type=path)
     given, argv = early.parse_known_args(argv)
-    task, saved = given.task, {}
+    task = given.task
+    saved = {}
     if given.probe:
         if task not in ("classify", "probe"):
             raise ValueError("--probe goes with --task classify")
@@ -255,8 +270,11 @@ def find_task(argv):
             raise ValueError("--resume needs --output-dir, the folder of the run to continue")
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
+    if saved and saved.get("task") not in TASKS:
+        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of "
+                         f"{', '.join(TASKS)}")
     if saved and task not in (None, saved["task"]):
-        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; drop it or start a new run")
+        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
 
 
@@ -300,7 +318,8 @@ def probe_both(args, line, world, stop, folder):
         run = Run(probe_args, world, folder / name, hint=folder)
         accuracy[name] = fit(probe_args, probe, world, run, stop)["val_acc"]
 
-    loss, baseline = line.get("val_loss", line["train_loss"]), line.get("baseline", math.nan)
+    loss = line.get("val_loss", line["train_loss"])
+    baseline = line.get("baseline", math.nan)
     world.say("summary")
     world.say(f"  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {baseline:.3f})")
     world.say(f"  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}")
@@ -312,14 +331,21 @@ def start(args):
     """Train what the flags say -> the last epoch's line of the log."""
     world = World(args.device)
     try:
-        folder = choose_folder(args, world)
+        check_folder(args, world)
+        run = Run(args, world, args.output_dir)
         with Stop() as stop:
-            line = fit(args, TASKS[args.task], world, Run(args, world, folder), stop)
+            line = fit(args, TASKS[args.task], world, run, stop)
             if getattr(args, "then_probe", False):
-                probe_both(args, line, world, stop, folder)
+                probe_both(args, line, world, stop, run.folder)
             else:
-                world.say(f"done: everything is in {folder}/")
+                world.say(f"done: everything is in {run.folder}/")
         return line
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of "
+                         f"memory; "
+                         "continue with --resume and fewer --workers") from None
     finally:
         world.close()
 

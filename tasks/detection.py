@@ -19,9 +19,9 @@ from training.flags import between
 
 DEFAULTS = dict(epochs=6, batch_size=4, blr=0.064, beta2=0.999, warmup_epochs=0.25, clip_grad=1.0, layer_decay=1.0)
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
-SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, rpn_batch_size_per_image=64,
-                   rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300,
-                   rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
+SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2,
+                   rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500,
+                   rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
 METRICS = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall")
 
 
@@ -50,33 +50,37 @@ def add_dense_flags(flag, sets, global_blocks, jitter):
 def complete(args):
     coco.need_pycocotools()  # now, not after the first epoch
     if args.img_size and len(set(args.img_size)) > 1:
-        raise ValueError(f"--img-size {' '.join(map(str, args.img_size))} must be one number for --task detect: images "
+        raise ValueError(f"--img-size {' '.join(map(str, args.img_size))} must be one number for --task detect: "
+                         f"images "
                          "are padded to a square")
-    complete_dense(args, img_size=[128], patch_size=8)
+    complete_dense(args, "quarters", img_size=[128], patch_size=8)
     if (args.init_options.get("rel_pos_bias")) and args.no_rel_pos:
-        raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; drop "
+        raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; "
+                         f"drop "
                          "that flag")
-    if encoders.is_vit(args):
-        args.global_blocks = args.global_blocks or "quarters"
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0]
 
 
-def complete_dense(args, img_size, patch_size):
+def complete_dense(args, global_blocks, img_size, patch_size):
     """Model and sizes; what acts on a plain ViT only."""
     encoders.inherit(args, img_size=img_size, patch_size=patch_size)
     if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or global_blocks
         if args.window_size and len(args.window_size) > 1:
-            raise ValueError(f"--window-size {' '.join(map(str, args.window_size))} must be one number for a plain ViT")
+            raise ValueError(f"--window-size {' '.join(map(str, args.window_size))} must be one number for a plain "
+                             f"ViT")
         if args.window_size and args.global_blocks == "all":
-            raise ValueError(f"--window-size {args.window_size[0]} acts with --global-blocks quarters or none; drop one")
+            raise ValueError(f"--window-size {args.window_size[0]} acts with --global-blocks quarters or none; drop "
+                             f"one")
         encoders.complete(args, skip=("window_size",))
     else:
         for name in ("pyramid", "global_blocks", "no_rel_pos"):
             if getattr(args, name, None):
                 raise ValueError(f"--{name.replace('_', '-')} belongs to a plain ViT, not to {args.model}; drop it")
         if args.model in encoders.mixer.PRESETS:
-            raise ValueError(f"--model {args.model} has no map of features; choose a ViT, a hierarchical ViT or a ResNet")
+            raise ValueError(f"--model {args.model} has no map of features; choose a ViT, a hierarchical ViT or a "
+                             f"ResNet")
         encoders.complete(args)
     if args.eval_train and args.val_images is not None:
         raise ValueError(f"--val-images {args.val_images} acts on a validation set, not with --eval-train; drop one")
@@ -88,7 +92,7 @@ def complete_dense(args, img_size, patch_size):
 def open_scenes(args, train):
     if args.data == "shapes":
         size = args.data_size if train else max(1, args.data_size // 4)
-        return ShapeScenes(size, args.img_size[0], train=train, class_agnostic=args.class_agnostic)
+        return ShapeScenes(size, args.img_size[0], 0, train, args.class_agnostic, args.scenes)
     if args.data_path is None:
         raise ValueError("--data coco needs --data-path")
     return CocoImages(args.data_path, "train2017" if train else "val2017", args.class_agnostic)
@@ -142,9 +146,20 @@ def build_detector(encoder, args, data):
         sides = [max(4, size * 2**k // 32) for k in range(levels)]
         heads["anchor_sizes"] = [(side, round(side * 2**0.5)) if square else (side,) for side in sides]
     return vit_mask_rcnn(
-        encoder, len(data.classes), size, (args.window_size or [14])[0], args.global_blocks or "quarters", args.pyramid or "taps",
-        not args.no_rel_pos, bool(args.checkpointing), args.norm, canonical_scale=size * 7 // 8 if small else 224,
-        image_mean=data.mean, image_std=data.std, **heads)
+        encoder,
+        len(data.classes),
+        img_size=size,
+        window_size=args.window_size[0] if args.window_size else 14,
+        global_blocks=args.global_blocks or "quarters",
+        pyramid=args.pyramid or "taps",
+        rel_pos_bias=not args.no_rel_pos,
+        checkpointing=bool(args.checkpointing),
+        norm=args.norm,
+        canonical_scale=size * 7 // 8 if small else 224,
+        image_mean=data.mean,
+        image_std=data.std,
+        **heads,
+    )
 
 
 def describe_positions(pyramid, args, world):
@@ -177,32 +192,34 @@ def evaluate(model, loader, args, data, world):
 def save_picture(folder, model, args, data, rows=6, threshold=0.5):
     """Truth beside what is detected with a score above the threshold: boxes and masks."""
     device = next(model.parameters()).device
-    names = ["", *map(str, data.classes)]
+    names = list(map(str, data.classes))
     truth, detected = [], []
     for image, target in pictures.spread(data.val, rows):
-        out = {name: value.cpu() for name, value in model([image.to(device)])[0].items()}
+        boxes, labels, masks = target["boxes"], target["labels"], target["masks"].bool()
+        truth.append(pictures.draw_objects(image, boxes, labels, masks, names, "white"))
+        out = model([image.to(device)])[0]
         keep = out["scores"] > threshold
-        truth.append(coco.draw_objects(image, target["boxes"], target["labels"], target["masks"].bool(), names, "white"))
-        detected.append(coco.draw_objects(image, out["boxes"][keep], out["labels"][keep],
-                                          out["masks"][keep, 0] > 0.5, names, "yellow"))
+        boxes, labels, masks = (out[name][keep].cpu() for name in ("boxes", "labels", "masks"))
+        detected.append(pictures.draw_objects(image, boxes, labels, masks[:, 0] > 0.5, names, "yellow"))
     pictures.save_grid(folder / "detections.png", {"truth": truth, f"score above {threshold:g}": detected})
 
 
 def predict(model, images, args, classes, threshold=0.05):
     """All objects with a score above the threshold: class, score, box x y w h, mask in COCO's run lengths."""
-    mask, *_ = coco.need_pycocotools()
     results = []
     for out in model(images):
         objects = []
-        for box, label, score, pixels in zip(out["boxes"].tolist(), out["labels"].tolist(), out["scores"].tolist(),
-                                             out["masks"].cpu()):
-            if score < threshold:
-                continue
-            x1, y1, x2, y2 = box
-            rle = coco.encode(mask, pixels[0] > 0.5)
-            segmentation = dict(size=list(map(int, rle["size"])), counts=rle["counts"].decode())
-            objects.append({"class": str(classes[label - 1]), "label": label, "score": score,
-                            "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": segmentation})
+        for k in torch.nonzero(out["scores"] >= threshold).flatten().tolist():
+            label = out["labels"][k].item()
+            x1, y1, x2, y2 = out["boxes"][k].tolist()
+            rle = coco.encode(out["masks"][k, 0] > 0.5)
+            objects.append({
+                "class": str(classes[label - 1]),
+                "label": label,
+                "score": out["scores"][k].item(),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "segmentation": dict(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode()),
+            })
         results.append(dict(objects=objects))
     return results
 
@@ -215,5 +232,5 @@ def draw(image, prediction, classes, threshold=0.5):
     masks = [torch.from_numpy(mask.decode(item["segmentation"])).bool() for item in objects]
     masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
     labels = torch.tensor([item["label"] for item in objects], dtype=torch.long)
-    names = ["", *map(str, classes)]
-    return pictures.to_pil(coco.draw_objects(image, boxes, labels, masks, names, "yellow"))
+    names = list(map(str, classes))
+    return pictures.to_pil(pictures.draw_objects(image, boxes, labels, masks, names, "yellow"))

@@ -4,14 +4,14 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files are in the repository root
 
-# The test models are tiny: one thread is fastest, gives the same sums everywhere, and lets `pytest -n` share the cores.
+# The test models are tiny: one thread is fastest, gives the same sums everywhere, and lets `pytest -n` share cores.
 torch.set_num_threads(1)
 
-
 # fixtures that take seconds and serve a whole module
-SHARED = ("two_processes", "ranks", "outcomes", "runs", "folder", "litter", "detected", "segmented", "mixed", "default_run", "pretrained")
+SHARED = ("two_processes", "ranks", "outcomes", "runs", "folder", "litter", "detected", "segmented", "mixed",
+          "default_run")
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist looks at the groups
@@ -22,3 +22,28 @@ def pytest_collection_modifyitems(items):
             if name in getattr(item, "fixturenames", ()):
                 item.add_marker(pytest.mark.xdist_group(f"{item.path.stem} {name}"))
                 break
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """flags -> the folder of an uninterrupted run of them, trained once; for reading only."""
+    from small_runs import start
+
+    folders = {}
+
+    def run(flags):
+        if flags not in folders:
+            folder = tmp_path_factory.mktemp("finished")
+            start(flags, folder)
+            folders[flags] = folder
+        return folders[flags]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretrained(finished):
+    """A tiny MIRL, pre-trained for two epochs."""
+    from small_runs import PRETRAIN
+
+    return finished(PRETRAIN)

@@ -1,0 +1,82 @@
+"""Probing: a linear classifier on frozen features."""
+
+import json
+
+import pytest
+import torch
+from small_runs import MIXMIM, PROBE, VIT, assert_same_run, built, checkpoint, killed, log, start, weights
+from tasks import load_run
+
+SIZES = "--data-size 64 --batch-size 32 --epochs 5"
+
+
+@pytest.fixture(scope="module")
+def probed(finished, pretrained):
+    """An iterative probe of a tiny MIRL."""
+    return finished(f"{PROBE} --init {pretrained / 'checkpoint.pt'}")
+
+
+def test_a_probe_changes_the_head_and_nothing_else(pretrained, probed):
+    before, after = weights(pretrained), weights(probed)
+    shared = [name for name in after if f"encoder.{name}" in before]
+    assert {"cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.1.mlp.fc2.bias"} <= set(shared)
+    for name in shared:
+        assert torch.equal(after[name], before[f"encoder.{name}"])
+
+    fresh = built(f"{PROBE} --init {pretrained / 'checkpoint.pt'}").model.state_dict()
+    changed = {name for name in after if not torch.equal(after[name], fresh[name])}
+    assert changed and all(name.startswith("head.") for name in changed)
+
+
+def test_only_the_head_has_an_optimizer_state(probed):
+    state = checkpoint(probed)["optimizer"]["state"]
+    assert len(state) == 2  # weight and bias
+
+
+def test_a_probes_accuracy_is_that_of_the_saved_classifier(pretrained, probed):
+    data = built(f"--task classify {VIT} {SIZES}").data
+    images, labels = zip(*[data.val[0, i][:2] for i in range(len(data.val))])
+    model = load_run(probed).model
+    accuracy = 100 * (model(torch.stack(images)).argmax(1) == torch.tensor(labels)).float().mean().item()
+    assert log(probed)[-1]["val_acc"] == pytest.approx(accuracy, abs=1e-3)
+
+
+def test_a_probe_says_which_weights_learn_and_that_a_random_encoder_is_random(pretrained, tmp_path, capsys):
+    start(f"{PROBE} --pool cls", tmp_path / "random")
+    assert "random" in capsys.readouterr().out.lower()
+    start(f"{PROBE} --init {pretrained / 'checkpoint.pt'}", tmp_path / "trained")
+    assert "random" not in capsys.readouterr().out.lower()
+
+
+def test_a_weight_average_of_the_head_can_be_kept(tmp_path):
+    start(f"{PROBE} --ema 0.9", tmp_path)
+    assert 0 <= log(tmp_path)[-1]["val_acc"] <= 100 and "ema" in checkpoint(tmp_path)
+
+
+def test_a_killed_probe_is_resumed_to_the_same_bits(pretrained, probed, tmp_path, monkeypatch):
+    killed(monkeypatch, 2, f"{PROBE} --init {pretrained / 'checkpoint.pt'}", tmp_path)
+    start("--resume", tmp_path)
+    assert_same_run(tmp_path, probed)
+
+
+def test_mixmims_encoder_is_probed_at_another_size_and_stays_as_it_is(finished, tmp_path):
+    source = finished(MIXMIM)
+    flags = f"--task probe --style adamw --img-size 48 32 --window-size 6 6 3 {SIZES}"
+    start(f"{flags} --init {source / 'checkpoint.pt'}", tmp_path)
+    after = weights(tmp_path)
+    assert after["absolute_pos_embed"].shape[1] == 12 * 8
+    name = "layers.1.blocks.0.attn.qkv.weight"
+    assert torch.equal(weights(source)[f"encoder.{name}"], after[name])
+
+
+def test_a_complete_probe_resumes_to_nothing(pretrained, tmp_path):
+    start(f"--task probe {VIT} --data-size 64 --init {pretrained / 'checkpoint.pt'}", tmp_path)
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    start("--resume", tmp_path)
+    assert before == (tmp_path / "checkpoint.pt").read_bytes()
+
+
+def test_a_probed_run_predicts_classes_for_single_images(probed):
+    run = load_run(probed)
+    (prediction,) = run.predict([torch.zeros(3, 40, 30, dtype=torch.uint8)])
+    assert json.dumps(prediction)
