@@ -72,11 +72,11 @@ def table(groups, key):
 def pyplot():
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
     except ImportError:
         raise ValueError("matplotlib is not installed; pip install matplotlib") from None
-    return plt
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
 
 
 def draw(path, groups, key):
@@ -94,25 +94,23 @@ def draw(path, groups, key):
 
 
 def draw_run(path, lines):
-    """Panels of one run: its losses, its learning rate, and each kind of share in percent that was evaluated."""
+    """Panels of one run: its losses, its learning rate, and what was evaluated in percent."""
     epochs = [line for line in lines if "epoch" in line]
-    names = [name for name in dict.fromkeys(key for line in epochs for key in [*line]) if name not in NOT_DRAWN]
+    steps = [line for line in lines if "epoch" not in line]
+    names = sorted(set().union(*epochs) - NOT_DRAWN)
     losses = [name for name in names if name.endswith("loss") or name == "baseline"]
     shares = [name for name in names if name not in losses]
+    panels = {"loss": losses, "learning rate": [], "%": shares}
     figure, axes = pyplot().subplots(1, 3 if shares else 2, figsize=(12 if shares else 8, 3.4), layout="constrained")
-    steps = curve([line for line in lines if "epoch" not in line], "loss")
-    axes[0].plot(list(steps), list(steps.values()), linewidth=0.7, alpha=0.5, label="loss of a step")
-    rates = curve(lines, "lr")
-    axes[1].plot(list(rates), list(rates.values()))
-    for ax, keys in ((axes[0], losses), (axes[-1], shares)):
+    axes[0].plot(*zip(*curve(steps, "loss").items()), linewidth=0.7, alpha=0.5, label="loss of a step")
+    axes[1].plot(*zip(*curve(lines, "lr").items()))
+    for ax, (title, keys) in zip(axes, panels.items()):
         for key in keys:
-            points = curve(epochs, key)
-            ax.plot(list(points), list(points.values()), ".-", label=key)
-    for ax, title in zip(axes, ("loss", "learning rate", "%")):
+            ax.plot(*zip(*curve(epochs, key).items()), ".-", label=key)
+        if title != "learning rate":
+            ax.legend(fontsize=8)
         ax.set(title=title, xlabel="training steps")
         ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize=8)
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -1,9 +1,8 @@
 """Lab: command lines as measurements. Run once, remembered, compared seed by seed, judged by a fixed rule.
 
-A claim (claims.py) has arms. An arm is a command line of train.py, and what follows from what it trained: probes,
-fine-tuning, detectors. All arms see the same seeds, and with a seed the same images and, where sizes allow, the same
-initial weights. So a statement about them is judged by its effects e_1 .. e_n, one per seed, positive where the paper
-expects it:
+A claim (claims.py) has arms: a command line of train.py, and what follows from what it trained. All arms see the same
+seeds, and with a seed the same images and, where sizes allow, the same initial weights. So a statement about them is
+judged by its effects e_1 .. e_n, one per seed, positive where the paper expects it:
 
     interval = mean(e) ± t sd(e) / sqrt(n)        t: 95th percentile of Student's t, n - 1 degrees of freedom    (1)
 
@@ -14,18 +13,18 @@ expects it:
     too noisy to say   anything else, and always with one seed
 
 The first that applies. Beyond ten seeds t stays that of ten, which is a little too careful. Each end of an interval is
-wrong once in twenty, so some of many statements are. Seeds draw weights, order, masks and augmentation; the images are
-the same for all.
+wrong once in twenty, so some of many statements are. The images are the same for all seeds.
 
 A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted
-one is resumed. Each arm and seed is one line of JSON, written as soon as it is measured, with the commands that repeat
-it: they are the ones that ran, with DATA for the folder of the images and runs/ for that of the runs.
+one is resumed. Each arm and seed is a line of JSON, written as soon as it is measured, with the commands that repeat
+it: those that ran, with DATA for the folder of the images and runs/ for that of the runs.
 
 Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py and benchmarks/machine.py.
 """
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import shlex
@@ -45,6 +44,7 @@ import first_blocks
 import train
 from benchmarks.machine import append, finite, machine, plus_minus, read_rows, spread
 from checkpoints import read_checkpoint
+from curves import pyplot
 
 STUDENT = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # one-sided 95 %, by n - 1
 SHAPES = "--data shapes --scenes crowded --data-size 16000"  # 4,000 more are the validation set
@@ -66,13 +66,6 @@ def read_flags(text):
         else:
             values.append(word)
     return flags
-
-
-def write_flags(flags):
-    words = []
-    for name, values in flags.items():
-        words += [name, *values]
-    return words
 
 
 def command(words):
@@ -115,7 +108,7 @@ class Lab:
         digest = hashlib.sha256(json.dumps(sorted(flags.items())).encode()).hexdigest()[:10]
         kind = [flags[name][0] for name in ("--task", "--method", "--model", "--optimizer") if name in flags]
         flags["--output-dir"] = [f"runs/{'-'.join(kind)}-seed{flags['--seed'][0]}-{digest}"]
-        return ["train.py", *write_flags(flags)]
+        return ["train.py", *itertools.chain.from_iterable([name, *values] for name, values in flags.items())]
 
     def plan(self, claim, arm):
         """[(name, words)]: "" is the arm's first run, the others are named by the claim's `then`."""
@@ -127,15 +120,16 @@ class Lab:
             steps.append(("", main))
         for name, text in claim.get("then", {}).items():
             extra = more.get(name, "") if isinstance(more, dict) else more
+            if extra is None:
+                continue
             repeats = claim.get("probes", 1) if "--task probe" in text else 1
-            for number in range(repeats):
-                seed = self.seed + 1000 * number
-                words = self.words(text, extra, init=init, seed=seed)
-                if main and depth(words) < depth(main):  # a smaller depth than was pre-trained: the first blocks
-                    cut = ["experiments/first_blocks.py", init, str(depth(words))]
-                    steps.append(("first blocks", cut))
-                    words = self.words(text, extra, init=first_blocks.output(init, depth(words)), seed=seed)
-                steps.append((name, words))
+            for seed in range(self.seed, self.seed + 1000 * repeats, 1000):
+                start = init
+                depth = depth_of(self.words(text, extra))
+                if main and depth < depth_of(main):  # a smaller depth than was pre-trained: the first blocks
+                    steps.append(("cut", ["experiments/first_blocks.py", init, str(depth)]))
+                    start = first_blocks.output(init, depth)
+                steps.append((name, self.words(text, extra, init=start, seed=seed)))
         return steps
 
     def place(self, word):
@@ -186,7 +180,7 @@ def as_pair(arm):
     return arm if isinstance(arm, tuple) else (arm, "")
 
 
-def depth(words):
+def depth_of(words):
     return int(words[words.index("--depth") + 1]) if "--depth" in words else math.inf
 
 
@@ -199,16 +193,15 @@ class Run:
         self.epochs = [line for line in lines if "epoch" in line]
 
     def value(self, what):
-        """"val_acc": its last one. "val_acc first", "mean", "late" (of the last three) or "curve": of all evaluations."""
+        """"val_acc": its last one. "val_acc first", "mean" or "curve": of all evaluations."""
         key, _, how = what.partition(" ")
         if key in ("seconds", "minutes"):
             return self.seconds() / (60 if key == "minutes" else 1)
         curve = [(line["step"], line[key]) for line in self.epochs if line.get(key) is not None]
-        values = [value for _, value in curve]
-        if not values or how == "curve":
+        if not curve or how == "curve":
             return curve or None
-        return {"": values[-1], "first": values[0], "mean": statistics.fmean(values),
-                "late": statistics.fmean(values[-3:])}[how]
+        values = [value for _, value in curve]
+        return statistics.fmean(values) if how == "mean" else values[0 if how == "first" else -1]
 
     def seconds(self):
         """Of training, without evaluations."""
@@ -226,9 +219,7 @@ def average(values):
 
 
 def is_number(value):
-    if isinstance(value, list):
-        return all(finite(y) for _, y in value)
-    return finite(value)
+    return all(finite(y) for _, y in value) if isinstance(value, list) else finite(value)
 
 
 @contextlib.contextmanager
@@ -272,20 +263,10 @@ def measure(name, claim, lab, path):
             # what other claims trained counts too, but nothing twice in one claim and seed
             counted = {line.split()[-1] for row in rows for line in row["commands"]}
             before = sum(value for run, value in lab.trained_before.items() if run not in counted)
-            known[key] = dict(
-                claim=name,
-                arm=arm,
-                seed=lab.seed,
-                data="shapes" if claim.get("data") == "shapes" else lab.data,
-                times=lab.times,
-                overrides=lab.overrides,
-                figures=figures,
-                commands=commands,
-                seconds=round(seconds, 1),
-                trained_before=round(before, 1),
-                **where,
-                day=time.strftime("%Y-%m-%d"),
-            )
+            data = "shapes" if claim.get("data") == "shapes" else lab.data
+            what = dict(claim=name, arm=arm, seed=lab.seed, data=data, times=lab.times, overrides=lab.overrides)
+            cost = dict(seconds=round(seconds, 1), trained_before=round(before, 1), day=time.strftime("%Y-%m-%d"))
+            known[key] = dict(**what, figures=figures, commands=commands, **cost, **where)
             append(path, known[key])
         rows.append(known[key])
     return rows
@@ -301,14 +282,6 @@ class Statement(NamedTuple):
     effect: object  # {arm: figures} of one seed -> number
     unit: str = "points"
     worth: float = 1.0  # smaller effects would not matter
-
-
-def statements(claim):
-    """`expects` maps a sentence to its effect, or to (effect, unit, worth)."""
-    result = []
-    for text, value in claim["expects"].items():
-        result.append(Statement(text, *(value if isinstance(value, tuple) else (value,))))
-    return result
 
 
 def reach(deviation, n):
@@ -362,8 +335,8 @@ def by_seed(claim, rows):
 def verdicts(claim, rows):
     """[(statement, effects, verdict)]; statements on arms that the rows lack, of an earlier protocol, are left out."""
     result = []
-    for statement in statements(claim):
-        effects = []
+    for text, values in claim["expects"].items():
+        statement, effects = Statement(text, *values), []
         for arms in by_seed(claim, rows).values():
             try:
                 effects.append(float(statement.effect(arms)))
@@ -390,13 +363,6 @@ def numbers(claim, rows):
     return table
 
 
-def figure_names(cells):
-    names = {}
-    for figures in cells.values():
-        names |= dict.fromkeys(figures)
-    return list(names)
-
-
 def markdown(head, lines):
     """Rows of cells as a table whose first column is text."""
     rule = ["---", *["---:"] * (len(head) - 1)]
@@ -406,7 +372,7 @@ def markdown(head, lines):
 def table(claim, rows, keys=None):
     """A line per arm, a column per figure: mean ± deviation over seeds."""
     cells = numbers(claim, rows)
-    keys = keys or figure_names(cells)
+    keys = keys or list(dict.fromkeys(itertools.chain.from_iterable(cells.values())))
     lines = []
     for arm, figures in cells.items():
         lines.append([arm] + [spread(figures[key]) if key in figures else "" for key in keys])
@@ -417,70 +383,50 @@ def verdict_table(claim, rows):
     """A line per statement: verdict, and effect ± half its interval."""
     lines = []
     for statement, effects, verdict in verdicts(claim, rows):
-        effect = spread(effects)
+        effect, needed = spread(effects), seeds_needed(effects, statement.worth)
         if len(effects) > 1 and all(map(finite, effects)):
             effect = plus_minus(statistics.fmean(effects), reach(statistics.stdev(effects), len(effects)))
-        needed = seeds_needed(effects, statement.worth)
-        more = ""
-        if verdict == "too noisy to say" and needed:
-            more = f", {needed} seeds would decide"
-        matters = f"{statement.worth:g}"
-        lines.append([statement.text, f"**{verdict}**{more}", f"{effect} {statement.unit}", str(len(effects)), matters])
+        more = f", {needed} seeds would decide" if verdict == "too noisy to say" and needed else ""
+        cells = [statement.text, f"**{verdict}**{more}", f"{effect} {statement.unit}", str(len(effects))]
+        lines.append([*cells, f"{statement.worth:g}"])
     return markdown(["statement", "verdict", "effect ± interval", "seeds", "matters from"], lines)
 
 
 def draw(path, name, claim, rows):
     """A panel per figure: each arm's mean, and a dot per seed. Then a panel per curve."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise ValueError("matplotlib is not installed; pip install matplotlib") from None
     cells, seeds = numbers(claim, rows), by_seed(claim, rows)
-    keys = claim.get("shown") or figure_names(cells)[:4]
-    curves = curve_names(seeds)
+    arms = list(seeds.values())
+    keys = list(claim.get("shown") or claim["figures"])[:4]
+    keys = [key for key in keys if not key.startswith("curve")]
+    curves = sorted({key for figures in arms[0].values() for key in figures if key.startswith("curve")})
     panels, height = len(keys) + len(curves), max(0.34 * len(cells), 2.4)
-    figure, axes = plt.subplots(1, panels, figsize=(1.5 + 3.6 * panels, 1.4 + height), layout="constrained", squeeze=False)
-    for ax, key in zip(axes[0], keys):
-        draw_dots(ax, key, cells)
-    axes[0][0].set_yticklabels(cells)
-    for ax, key in zip(axes[0][len(keys):], curves):
-        draw_curves(ax, key, seeds)
+    plt = pyplot()
+    size = (1.5 + 3.6 * panels, 1.4 + height)
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    for ax, key in zip(axes[0], [*keys, *curves]):
+        for row, arm in enumerate(arms[0]):
+            values = [figures[arm][key] for figures in arms if figures[arm].get(key) is not None]
+            if values and key in curves:
+                draw_curves(ax, values, f"C{row % 10}", arm)
+            elif values:
+                ax.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.5, markersize=4)
+                ax.plot(statistics.fmean(values), row, "|", color=f"C{row % 10}", markersize=16, markeredgewidth=2.5)
+        if key in keys:
+            ax.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5), yticklabels=[])
+        else:
+            ax.set_xlabel(key.partition(" over ")[2] or "training steps")
+            ax.legend(fontsize=7)
+        ax.set_title(textwrap.fill(key.removeprefix("curve "), 34))
+        ax.grid(alpha=0.3)
+    axes[0][0].set_yticklabels(arms[0])
     figure.suptitle(f"{name} ({len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}; bar: mean, dot: seed)")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
 
 
-def curve_names(seeds):
-    names = set()
-    for arms in seeds.values():
-        for figures in arms.values():
-            names |= {key for key in figures if key.startswith("curve")}
-    return sorted(names)
-
-
-def draw_dots(ax, key, cells):
-    for row, (arm, figures) in enumerate(cells.items()):
-        values = [value for value in figures.get(key, []) if value is not None]
-        ax.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.5, markersize=4)
-        if values:
-            ax.plot(statistics.fmean(values), row, "|", color=f"C{row % 10}", markersize=16, markeredgewidth=2.5)
-    ax.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5), title=textwrap.fill(key, 34), yticklabels=[])
-    ax.grid(alpha=0.3)
-
-
-def draw_curves(ax, key, seeds):
-    arms = next(iter(seeds.values()))
-    for number, arm in enumerate(arms):
-        lines = [figures[arm][key] for figures in seeds.values() if figures[arm].get(key)]
-        for line in lines:
-            ax.plot(*zip(*line), color=f"C{number % 10}", linewidth=0.7, alpha=0.4)
-        if lines:  # the runs of an arm are evaluated at the same steps
-            steps = [step for step, _ in lines[0]]
-            means = [statistics.fmean(y for _, y in points) for points in zip(*lines)]
-            ax.plot(steps, means, ".-", color=f"C{number % 10}", label=arm)
-    ax.set(title=textwrap.fill(key.removeprefix("curve "), 34), xlabel=key.partition(" over ")[2] or "training steps")
-    if ax.lines:
-        ax.legend(fontsize=7)
-    ax.grid(alpha=0.3)
+def draw_curves(ax, lines, color, arm):
+    """Each seed thinly, their mean boldly: the runs of an arm are evaluated at the same steps."""
+    for line in lines:
+        ax.plot(*zip(*line), color=color, linewidth=0.7, alpha=0.4)
+    means = [statistics.fmean(y for _, y in points) for points in zip(*lines)]
+    ax.plot([step for step, _ in lines[0]], means, ".-", color=color, label=arm)

@@ -1,16 +1,15 @@
-"""Landscape: did training end in a wide minimum or in a sharp one, and what is that worth on new images?
+"""Landscape: did training end in a wide minimum or in a sharp one?
 
     python experiments/landscape.py runs/sam0 runs/sam1 runs/adamw0 --markdown --json figures.jsonl
 
 Takes runs of `train.py --task classify` (folders or checkpoint.pt), measures all in the same way, prints one table and
-saves one figure. The columns are explained under the table; the equations are in geometry.py and robust.py.
-
-All runs must share data set, image size and classes, and are measured on the same images. Runs that differ only in their
-seed are one row: mean and sample standard deviation. Measured are the weights themselves, in fp32 and eval mode, also
-where --ema kept their average. Two calls give the same numbers. Accuracy under attack: train.py --eval-pgd.
+saves one figure. The columns are explained under the table, the equations are in geometry.py. Runs must share data set,
+image size and classes, and are measured on the same images. Runs that differ only in their seed are one row: mean and
+sample standard deviation. Measured are the weights themselves, in fp32 and eval mode, also where --ema kept their
+average. Two calls give the same numbers. Corrupted and attacked images: train.py --eval-corruptions --eval-pgd.
 
 Source: Chen, Hsieh, Gong 2022, arXiv 2106.01548, who compare ResNets, ViTs and Mixers by such figures.
-Needs: torch, torchvision, einops, tqdm (matplotlib for the figure); tasks/, geometry.py, robust.py.
+Needs: torch, torchvision, einops, tqdm (matplotlib for the figure); tasks/ and geometry.py.
 """
 
 import argparse
@@ -29,21 +28,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept file
 
 import geometry
 from benchmarks.machine import append, spread
-from data import EvalBatches, first_of_shuffle, make_loader
-from robust import corruption_accuracy, mean_accuracy
+from data import EvalBatches, make_loader
 from tasks import load_run
-from training.runs import FREE as FREE_AT_RESUME
-from training.runs import World
+from training import runs
+from training.world import World
 
 BATCH = 256  # images at a time, where no weights are derived
-FREE = {*FREE_AT_RESUME, "seed", "device", "download", "eval_every", "mean", "std"}  # may differ within a row
+FREE = {*runs.FREE, "seed", "device", "download", "eval_every", "mean", "std"}  # may differ within a row
 SHARED = ("data", "data_size", "scenes", "img_size")  # must be the same in all runs
 
 COLUMNS = {  # key of a measurement: header
     "params": "params",
     "train_loss": "train loss",
     "test_acc": "test %",
-    "corrupted_acc": "corrupt %",
     "lambda_max": "lambda",
     "L_N": "L_N",
     "gap": "gap",
@@ -66,7 +63,6 @@ def parse(argv=None):
     flag("checkpoints", help="runs of train.py --task classify", nargs="+")
     flag("--images", help="training images to measure on", type=int, default=1024)
     flag("--micro-batch", help="so many of them at a time; the first are the loss surface's", type=int, default=256)
-    flag("--corruption-images", help="test images to corrupt; 0: no such column", type=int, default=1000)
     flag("--sigma", help="standard deviation of the weight noise", type=float, default=0.01)
     flag("--draws", help="of weight noise", type=int, default=10)
     flag("--iters", help="at most so many Hessian-vector products", type=int, default=100)
@@ -81,9 +77,10 @@ def parse(argv=None):
     flag("--markdown", help="print the table as Markdown", action="store_true")
     flags = parser.parse_args(argv)
     if flags.surface_steps % 2 == 0:
-        fail(f"--surface-steps {flags.surface_steps} puts no point on the weights themselves; use {flags.surface_steps + 1}")
-    if flags.images % min(flags.micro_batch, flags.images):
-        fail(f"--images {flags.images} must be a multiple of --micro-batch {flags.micro_batch}, or at most that")
+        fail(f"--surface-steps {flags.surface_steps} leaves out the weights themselves; use {flags.surface_steps + 1}")
+    flags.micro_batch = min(flags.micro_batch, flags.images)
+    if flags.images % flags.micro_batch:
+        fail(f"--images {flags.images} is not a multiple of --micro-batch {flags.micro_batch}")
     return flags
 
 
@@ -91,50 +88,37 @@ def parse(argv=None):
 
 
 def open_runs(paths, flags, device):
-    """Runs of classifiers on the same data, with the flags that say where it is and how many images are looked at."""
-    runs = []
-    for path in paths:
-        run = load_run(path, device)
+    """Runs of classifiers that can be compared."""
+    opened = [load_run(path, device) for path in paths]
+    first = vars(opened[0].args)
+    for path, run in zip(paths, opened):
         if run.args.task != "classify":
             raise ValueError(f"{path} is of --task {run.args.task}; compare runs of --task classify")
         for name in SHARED:
-            value, first = getattr(run.args, name, None), getattr(runs[0].args if runs else run.args, name, None)
-            if value != first:
-                raise ValueError(f"{path} was trained with {name} {value}, {paths[0]} with {first}; compare runs that share it")
-        runs.append(run)
-    places = {flags.data_path or run.args.data_path for run in runs}
-    if len(places) > 1:
-        raise ValueError(f"the data was in {', '.join(sorted(map(str, places)))}; name one place by --data-path")
-    return runs
+            value = getattr(run.args, name, None)
+            if value != first.get(name):
+                raise ValueError(f"{path} has {name} {value}, {paths[0]} {first.get(name)}; compare runs that share it")
+        if flags.data_path is None and run.args.data_path != first["data_path"]:
+            raise ValueError(f"the data was in {first['data_path']} and {run.args.data_path}; choose by --data-path")
+    return opened
 
 
-def group(runs):
-    """{label: indices of runs that differ only in FREE}. A label: model, optimizer, what else differs in that model."""
+def group(opened):
+    """{label: indices of runs that differ only in FREE}. A label: model, optimizer, and the flags that differ."""
     rows = {}
-    for i, run in enumerate(runs):
-        key = repr(sorted((key, value) for key, value in vars(run.args).items() if key not in FREE))
-        rows.setdefault(key, []).append(i)
-    firsts = [vars(runs[members[0]].args) for members in rows.values()]
+    for i, run in enumerate(opened):
+        flags = {key: value for key, value in vars(run.args).items() if key not in FREE}
+        rows.setdefault(json.dumps(flags, sort_keys=True), []).append(i)
+    keys = [json.loads(key) for key in rows]
     labels = {}
-    for first, members in zip(firsts, rows.values()):
-        seeds = [runs[i].args.seed for i in members]
-        if len(set(seeds)) < len(seeds):
-            raise ValueError(f"two runs are the same with the same seed ({seeds}); give one of them")
-        labels[label(first, firsts)] = members
+    for own, members in zip(keys, rows.values()):
+        words = [own["model"], own["optimizer"]]
+        siblings = [other for other in keys if other["model"] == own["model"]]
+        for name in own:
+            if name != "optimizer" and any(other.get(name) != own[name] for other in siblings):
+                words.append(f"{name}={own[name]}")
+        labels[" ".join(words)] = members
     return labels
-
-
-def label(run, others):
-    words = [run["model"], run["optimizer"]]
-    if run["optimizer"] == "sam":
-        words.append(f"rho {run['rho']:g}")
-    siblings = [other for other in others if other["model"] == run["model"]]
-    for key in run:
-        if key in FREE or key in ("optimizer", "rho", "base_optimizer"):
-            continue
-        if len({repr(other.get(key)) for other in siblings}) > 1:
-            words.append(f"{key}={run[key]}")
-    return " ".join(words)
 
 
 def open_data(run, flags):
@@ -142,35 +126,28 @@ def open_data(run, flags):
     args = argparse.Namespace(**{**vars(run.args), "augment": "none"})
     args.data_path = flags.data_path or args.data_path
     if args.train_images and args.train_images < flags.images:
-        raise ValueError(f"--images {flags.images} is more than the {args.train_images} that were trained on; take fewer")
+        raise ValueError(f"--images {flags.images} is more than the {args.train_images} of a run; take fewer")
     args.train_images, args.download = flags.images, None
     data = run.task.open_data(args, World("cpu"))
-    if list(data.classes) != list(run.classes):
-        raise ValueError(f"the data has the classes {data.classes}, the run {run.classes}; name its data by --data-path")
     return data
 
 
 # ---------------------------------------------------------------------------- measurements
 
 
-def stack(images, indices):
-    samples = [images[0, i] for i in indices]
-    return torch.stack([x for x, *_ in samples]), torch.tensor([y for _, y, _ in samples])
-
-
 def measure(run, data, flags, world):
     """-> {key of COLUMNS: number, "active": {layer: share}} of one network, and its loss surface."""
     model = run.model.requires_grad_(True)
-    x, y = stack(data.train, range(len(data.train)))
-    xs, ys = x.to(world.device).split(flags.micro_batch), y.to(world.device).split(flags.micro_batch)
-    loss_fns = [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y in zip(xs, ys)]
+    train = make_loader(data.train, EvalBatches(len(data.train), flags.micro_batch), 0, world.device)
+    batches = [world.move(batch) for batch in train]
+    loss_fns = [lambda x=x, y=y: F.cross_entropy(model(x), y) for x, y, _ in batches]
 
     # the training loss around the weights
     surface = geometry.loss_surface(model, loss_fns[0], flags.surface_radius, flags.surface_steps, seed=flags.seed)
     flat = geometry.average_flatness(model, loss_fns, flags.sigma, flags.draws, seed=flags.seed)
     top = geometry.hessian_max_eigenvalue(model, loss_fns, iters=flags.iters, tol=flags.tol, seed=flags.seed)
     positive = surface.losses.flatten()[surface.losses.numel() // 2] > 0  # a loss of 0 never doubles
-    layers = geometry.active_neurons(model, list(xs))
+    layers = geometry.active_neurons(model, [x for x, *_ in batches])
     shares = [100 * share for share in layers.values()]
     figures = dict(
         params=sum(p.numel() for p in model.parameters()),
@@ -189,10 +166,6 @@ def measure(run, data, flags, world):
     loader = make_loader(data.val, EvalBatches(len(data.val), BATCH), 0, world.device)
     with torch.no_grad():
         figures["test_acc"] = run.task.evaluate(model, loader, run.args, data, world)["val_acc"]
-    if flags.corruption_images:
-        x, y = stack(data.val, first_of_shuffle(len(data.val), flags.corruption_images, "corruption-images"))
-        by_kind = corruption_accuracy(model, x, y, data.mean, data.std, batch_size=BATCH, seed=flags.seed)
-        figures["corrupted_acc"] = 100 * mean_accuracy(by_kind)
     return figures, surface
 
 
@@ -221,30 +194,20 @@ def table(rows, measured, flags):
     return "\n".join(map("  ".join, lines))
 
 
-def legend(flags, tests):
-    sentences = (
-        f"On {flags.images} training images, not augmented: train loss, cross-entropy; lambda, the eigenvalue of largest "
-        f"magnitude of its Hessian; L_N, the mean loss under weight noise of sigma {flags.sigma:g} ({flags.draws} draws); "
-        "gap, L_N minus train loss; active, the share of activations above zero, in the first layer and in the mean.",
-        f"On {min(flags.micro_batch, flags.images)} of them: radius, how far along a random plane the loss doubles; 1 is the "
-        "length of the weights.",
-        f"On {tests} test images: accuracy; on {flags.corruption_images} of them: corrupt, mean accuracy over the "
-        "corruptions of robust.py at 5 severities.",
-        "norm: L2, all trainable weights. ±: sample standard deviation over seeds.")
-    return "\n".join(textwrap.fill(sentence, 110) for sentence in sentences)
+LEGEND = """On {images} training images, not augmented: train loss, cross-entropy; lambda, the eigenvalue of largest
+magnitude of its Hessian; L_N, the mean loss under weight noise of sigma {sigma:g} ({draws} draws); gap, L_N minus train
+loss; active, the share of activations above zero, in the first layer and in the mean over layers. On {micro_batch} of
+them: radius, how far along a random plane the loss doubles; 1 is the length of the weights. norm: L2, all trainable
+weights. test %: on all test images. ±: sample standard deviation over seeds."""
 
 
 def draw(path, rows, measured, surfaces):
     """Loss surfaces on one color scale, of the first seed of each row; then active neurons, and eigenvalues."""
     panels = len(rows) + 2
-    columns = math.ceil(panels / math.ceil(panels / 5))  # five in a line are still legible
-    lines = math.ceil(panels / columns)
-    figure, _ = geometry.figure(columns)
+    figure, _ = geometry.figure(panels)
     figure.clear()
-    figure.set_size_inches(4 * columns, 3.8 * lines)
-    axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for ax in axes[panels:]:
-        ax.remove()
+    figure.set_size_inches(4 * panels, 3.8)
+    axes = figure.subplots(1, panels)
 
     # surfaces
     planes = [surfaces[members[0]] for members in rows.values()]
@@ -255,10 +218,10 @@ def draw(path, rows, measured, surfaces):
         x = plane.coordinates.tolist()
         picture = ax.contourf(x, x, height, levels=levels, cmap="viridis", extend="both")
         ax.set_title(textwrap.fill(name, 40), fontsize=9)
-    figure.colorbar(picture, ax=axes[:len(rows)].tolist(), label="log10 of the training loss", shrink=0.7)
+    figure.colorbar(picture, ax=axes[:len(rows)].tolist(), label="log10 of the training loss")
 
     # neurons and eigenvalues, a color per row
-    neurons, bars = axes[len(rows):panels]
+    neurons, bars = axes[len(rows):]
     for k, members in enumerate(rows.values()):
         layers = zip(*(measured[i]["active"].values() for i in members))
         shares = [100 * statistics.fmean(layer) for layer in layers]
@@ -278,22 +241,22 @@ def main(argv=None):
     try:
         world = World(flags.device)
         paths = list(map(Path, flags.checkpoints))
-        runs = open_runs(paths, flags, world.device)
-        rows = group(runs)
-        names = {i: name for name, members in rows.items() for i in members}
+        opened = open_runs(paths, flags, world.device)
+        rows = group(opened)
         measured, surfaces = [], []
-        for i, run in enumerate(tqdm(runs, leave=False, disable=None)):
-            data = open_data(run, flags)
-            figures, surface = measure(run, data, flags, world)
+        for i, run in enumerate(tqdm(opened, leave=False, disable=None)):
+            figures, surface = measure(run, open_data(run, flags), flags, world)
             measured.append(figures)
             surfaces.append(surface)
             if flags.json:
-                numbers = {key: None if value in (math.inf, math.nan) else value for key, value in figures.items()}
-                row = dict(checkpoint=str(paths[i]), row=names[i], train_seed=run.args.seed, **numbers, flags=vars(flags))
+                name = next(name for name, members in rows.items() if i in members)
+                row = dict(checkpoint=str(paths[i]), row=name, train_seed=run.args.seed, **figures, flags=vars(flags))
+                if not math.isfinite(row["doubling_radius"]):
+                    row["doubling_radius"] = None  # beyond the surface
                 append(flags.json, row)
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1])
-    print(f"{table(rows, measured, flags)}\n\n{legend(flags, len(data.val))}")
+    print(f"{table(rows, measured, flags)}\n\n{LEGEND.format(**vars(flags))}")
     try:
         draw(flags.output, rows, measured, surfaces)
         print(f"saved {flags.output}")

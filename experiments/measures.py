@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 import lab as _  # noqa: F401  it makes the concept files importable
 import geometry
-from benchmarks.machine import multiply_adds
 from masking import normalize_patches, patchify
 from tasks import Data, Silent, load_run
 
@@ -27,8 +26,7 @@ def images_of(run, count, training=False):
         args.val_images = count
     data = run.task.open_data(args, Silent("cpu"))
     images = data.train if training else data.val
-    columns = zip(*(images[0, i] for i in range(count)))
-    x, y, noise = columns
+    x, y, noise = zip(*(images[0, i] for i in range(count)))
     return torch.stack(x), torch.tensor(y), torch.stack(noise)
 
 
@@ -39,14 +37,8 @@ def untrained(run):
 
 
 def few(lab, count):
-    """So many, and 16 in tests."""
-    return min(count, 16) if lab.overrides else count
-
-
-def costs(lab, runs):
-    """Multiply-adds of a forward pass, in millions per image: of the encoder, as it is used after pre-training."""
-    run = load_run(runs["tuned"][0].folder if "tuned" in runs else runs["probe"][0].folder)
-    return {"million multiply-adds": multiply_adds(run.model, torch.zeros(2, 3, *run.args.img_size)) / 1e6}
+    """So many, and 8 in tests."""
+    return min(count, 8) if lab.overrides else count
 
 
 # ---------------------------------------------------------------------------- MIRL
@@ -91,12 +83,11 @@ def depths(lab, runs):
     """Linear classifiers on the features of six depths, and the gradient norm of each block."""
     run = load_run(runs[""][0].folder)
     figures = layer_probes(run, few(lab, 10_000), few(lab, 10_000 if run.args.data != "shapes" else 4000))
-    spans = {}
     for when, model in (("untrained", untrained(run)), ("trained", run.model)):
         norms = gradient_norms(model, run, few(lab, 256))
         figures[f"curve log2 gradient norm, {when}, over blocks"] = norms
-        spans[when] = max(y for _, y in norms) - min(y for _, y in norms)
-        figures[f"gradient span, {when}"] = spans[when]
+        sizes = [size for _, size in norms]
+        figures[f"gradient span, {when}"] = max(sizes) - min(sizes)
     return figures
 
 
@@ -122,13 +113,11 @@ def layer_probes(run, count, val_count, places=6):
     for number, rows in features.items():
         train, val = torch.cat(rows).split([len(images) for images, _ in sets])
         accuracy[number] = linear_accuracy(train, sets[0][1], val, sets[1][1])
-    best = max(accuracy, key=accuracy.get)
-    late, last = numbers[-2], numbers[-1]
     return {
         "mean probe %": sum(accuracy.values()) / len(accuracy),
-        "last block %": accuracy[last],
-        "late block %": accuracy[late],  # five sixths of the way
-        "best block": best,
+        "last block %": accuracy[numbers[-1]],
+        "late block %": accuracy[numbers[-2]],  # five sixths of the way
+        "best block": max(accuracy, key=accuracy.get),
         "curve probe % over blocks": list(accuracy.items()),
     }
 
@@ -179,7 +168,7 @@ def sharpness(lab, runs):
     def eigenvalue(module):
         return abs(geometry.hessian_max_eigenvalue(model, loss, list(module.parameters()), few(lab, 40), tol=0.03))
 
-    flat = geometry.average_flatness(model, loss, draws=10)
+    flat = geometry.average_flatness(model, loss, draws=few(lab, 10))
     kappa = geometry.ntk_condition_number(untrained(run), x[:few(lab, 64)]).kappa
     active = [100 * share for share in geometry.active_neurons(model, x).values()]
     figures = {
