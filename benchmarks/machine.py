@@ -1,4 +1,4 @@
-"""Machine: what every measurement of this repository shares. Rows of JSON, and on what and by which code they were obtained.
+"""Machine: what all measurements share. Rows of JSON, and on what and by which code they were obtained.
 
 Needs: torch, torchvision.
 """
@@ -25,16 +25,8 @@ def machine(device):
         names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
         processor = names[0].split(":")[1].strip() if names else processor
     gpu = dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}
-    return dict(
-        processor=processor,
-        **gpu,
-        cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
-        python=platform.python_version(),
-        torch=torch.__version__,
-        torchvision=torchvision.__version__,
-        **commit(),
-    )
+    versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
+    return dict(processor=processor, **gpu, cores=os.cpu_count(), threads=torch.get_num_threads(), **versions, **commit())
 
 
 def commit():

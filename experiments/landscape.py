@@ -25,9 +25,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files are in the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import geometry
 from benchmarks.machine import append, spread
+from curves import pyplot
 from data import EvalBatches, make_loader
 from tasks import load_run
 from training import runs
@@ -118,6 +120,8 @@ def group(opened):
             if name != "optimizer" and any(other.get(name) != own[name] for other in siblings):
                 words.append(f"{name}={own[name]}")
         labels[" ".join(words)] = members
+        if len({opened[i].args.seed for i in members}) < len(members):
+            raise ValueError(f"two runs of {' '.join(words)} have the same seed; give one of them")
     return labels
 
 
@@ -204,10 +208,7 @@ weights. test %: on all test images. ±: sample standard deviation over seeds.""
 def draw(path, rows, measured, surfaces):
     """Loss surfaces on one color scale, of the first seed of each row; then active neurons, and eigenvalues."""
     panels = len(rows) + 2
-    figure, _ = geometry.figure(panels)
-    figure.clear()
-    figure.set_size_inches(4 * panels, 3.8)
-    axes = figure.subplots(1, panels)
+    figure, axes = pyplot().subplots(1, panels, figsize=(4 * panels, 3.8), layout="constrained")
 
     # surfaces
     planes = [surfaces[members[0]] for members in rows.values()]

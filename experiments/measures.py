@@ -177,7 +177,7 @@ def sharpness(lab, runs):
         "gap to L_N": flat.gap,
         "L_N": flat.perturbed,
         "loss on clean training images": flat.clean,
-        "rise of the loss": rise(model, loss, few(lab, 9)) - flat.clean,
+        "rise of the loss": rise(model, loss) - flat.clean,
         "weight norm": geometry.weight_norm(model),
         "active first %": active[0],
     }
@@ -188,7 +188,7 @@ def sharpness(lab, runs):
     return figures
 
 
-def rise(model, loss, steps):
+def rise(model, loss, steps=9):
     """The mean loss on a random circle around the weights, at a quarter of their length."""
     surface = geometry.loss_surface(model, loss, radius=0.5, steps=steps)
     axis = surface.coordinates
