@@ -211,6 +211,8 @@ def main(argv=None):
                 print(" | ".join(cells(rows[-1])), flush=True)
                 if flags.json:
                     append(flags.json, rows[-1])
+        if not rows:
+            raise ValueError(f"--table {' '.join(flags.table)} has no rows; give files that --json wrote")
         if flags.write:
             put_between(flags.write, MARKS, table(rows))
         else:

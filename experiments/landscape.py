@@ -117,7 +117,8 @@ def group(opened):
         words = [own["model"], own["optimizer"]]
         siblings = [other for other in keys if other["model"] == own["model"]]
         for name in own:
-            if name != "optimizer" and any(other.get(name) != own[name] for other in siblings):
+            differs = any(other.get(name) != own[name] for other in siblings)
+            if differs and name != "optimizer" and own[name] is not None:
                 words.append(f"{name}={own[name]}")
         labels[" ".join(words)] = members
         if len({opened[i].args.seed for i in members}) < len(members):
@@ -232,7 +233,7 @@ def draw(path, rows, measured, surfaces):
         bars.plot(values, [k] * len(values), "k.")
     neurons.set(title="active neurons, %", xlabel="layer, from input to output")
     bars.set(title="magnitude of lambda (dots: seeds)", xscale="log", yticks=range(len(rows)))
-    bars.set_yticklabels([textwrap.shorten(name, 30) for name in rows], fontsize=7)
+    bars.set_yticklabels([textwrap.fill(name, 26) for name in rows], fontsize=7)
     bars.invert_yaxis()  # the first row on top, as in the table
     figure.savefig(path, dpi=120, format="png")
 

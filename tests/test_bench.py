@@ -84,7 +84,7 @@ def test_a_job_that_cannot_run_does_not_end_the_session():
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["vit", "--rounds", "0"], "--rounds 0"), (["bert"], "bert"), (["--table", "nowhere.jsonl"], "--json"),
+    (["vit", "--rounds", "0"], "--rounds 0"), (["bert"], "bert"), (["--table", "nowhere.jsonl"], "--table"),
     (["--table", "other.jsonl"], "other.jsonl line 1")])
 def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
