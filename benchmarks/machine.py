@@ -26,7 +26,8 @@ def machine(device):
         processor = names[0].split(":")[1].strip() if names else processor
     gpu = dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}
     versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
-    return dict(processor=processor, **gpu, cores=os.cpu_count(), threads=torch.get_num_threads(), **versions, **commit())
+    cores = dict(cores=os.cpu_count(), threads=torch.get_num_threads())
+    return dict(processor=processor, **gpu, **cores, **versions, **commit())
 
 
 def commit():

@@ -14,7 +14,6 @@
     expects    sentence -> (effect, unit, smallest effect that matters)
     protocol   what was fixed before the seeds that judge were run; pilots have seeds from 100 on
     cost       of one seed, on one core
-    exercise   not run by us: yours to try
 
 The rule of the verdicts is in lab.py. A claim writes NAME.jsonl and NAME.png, and resumes where it was interrupted.
 Sources: MIRL, arXiv 2309.14136; SAM for ViT and Mixer, 2106.01548; MixMIM, 2205.13137; detection, 2111.11429.
@@ -44,7 +43,7 @@ def ahead(key, one, other, unit="points", worth=1.0):
 
 def minus(first, second):
     """How much larger one effect is than another."""
-    return lambda f: first[0](f) - second[0](f), first[1], first[2]
+    return lambda f: first[0](f) - second[0](f), *first[1:]
 
 
 def within(points, effect):
@@ -123,16 +122,10 @@ CLAIMS["mirl-tune"] = dict(
     protocol="""The runs of mirl-depth with 48 blocks, fine-tuned on 10,000 labels, whole and without the last twelve
     blocks (first_blocks.py); seeds 0 to 4. Fine-tuning must pass the probe, or the comparison says nothing.""",
     common=MIRL_PRETRAINING,
-    arms={
-        "random": (None, {"tuned": "--layer-decay 1", "first 36": None}),
-        "MAE": MIRL_ARMS["MAE, 48 blocks"],
-        "MIRL": MIRL_ARMS["MIRL, 48 blocks"],
-    },
-    then={
-        "probe": f"{PROBE} {NARROW} --depth 48",
-        "tuned": f"{TUNE} {NARROW} --depth 48 --layer-decay 0.88",
-        "first 36": f"{TUNE} {NARROW} --depth 36 --layer-decay 0.88",
-    },
+    arms={"random": (None, {"tuned": "--layer-decay 1", "first 36": None}),
+          "MAE": MIRL_ARMS["MAE, 48 blocks"], "MIRL": MIRL_ARMS["MIRL, 48 blocks"]},
+    then={"probe": f"{PROBE} {NARROW} --depth 48", "tuned": f"{TUNE} {NARROW} --depth 48 --layer-decay 0.88",
+          "first 36": f"{TUNE} {NARROW} --depth 36 --layer-decay 0.88"},
     figures={"probe %": "probe.val_acc", "fine-tuned %": "tuned.val_acc", "first 36 blocks %": "first 36.val_acc"},
     expects={
         "MIRL is ahead of MAE, fine-tuned": ahead("fine-tuned %", "MIRL", "MAE"),
@@ -248,7 +241,8 @@ CLAIMS["sam-geometry"] = dict(
         "SAM lowers the rise of the ViT's loss under weight noise of 0.01": lower("gap to L_N", "ViT", worth=0.01),
         "SAM lowers the rise of the Mixer's loss under weight noise of 0.01": lower("gap to L_N", "Mixer", worth=0.01),
         "SAM lowers the rise of the ViT's loss a quarter of the weights' length away": lower("rise of the loss", "ViT"),
-        "SAM lowers the rise of the Mixer's loss a quarter of the weights' length away": lower("rise of the loss", "Mixer"),
+        "SAM lowers the rise of the Mixer's loss a quarter of the weights' length away": lower(
+            "rise of the loss", "Mixer"),
         "untrained, the ViT's NTK is worse conditioned than the ResNet's": ahead(
             "log10 NTK condition, untrained", "ViT", "ResNet", "powers of ten", 0.1),
         "untrained, the Mixer's NTK is worse conditioned than the ViT's": ahead(
@@ -259,24 +253,21 @@ CLAIMS["sam-geometry"] = dict(
     cost="30 minutes beside sam-accuracy",
 )
 
+ATTACKED = "ViT, adversarial", "ViT + SAM, adversarial"
 ROBUST = ahead("corrupted %", "ViT + SAM", "ViT"), ahead("corrupted %", "Mixer + SAM", "Mixer")
 CLAIMS["sam-robust"] = dict(
     paper="SAM for ViT and Mixer",
     says="SAM helps more on corrupted images than on clean ones, and against attacks on top of adversarial training",
     protocol="Six kinds of corruption of our own making at five severities, not ImageNet-C; PGD-10. Seeds 0 to 4.",
     common=f"{CLASSIFIER} --val-images 2000 --eval-corruptions",
-    arms=NETS | {
-        "ViT, adversarial": f"{VIT} --adversarial --eval-pgd",
-        "ViT + SAM, adversarial": f"{VIT} {SAM} --adversarial --eval-pgd",
-    },
+    arms=NETS | dict(zip(ATTACKED, (f"{net} --adversarial --eval-pgd" for net in (VIT, f"{VIT} {SAM}")))),
     figures={"clean %": "val_acc", "corrupted %": "corrupted_acc", "PGD-10 %": "pgd_acc"},
     expects={
         "SAM helps the ViT on corrupted images": ROBUST[0],
         "SAM helps the Mixer on corrupted images": ROBUST[1],
         "it helps the ViT more than on clean ones": minus(ROBUST[0], ahead("clean %", "ViT + SAM", "ViT")),
         "it helps the Mixer more than on clean ones": minus(ROBUST[1], ahead("clean %", "Mixer + SAM", "Mixer")),
-        "trained on attacks, the ViT with SAM withstands more of them": ahead(
-            "PGD-10 %", "ViT + SAM, adversarial", "ViT, adversarial"),
+        "trained on attacks, the ViT with SAM withstands more": ahead("PGD-10 %", ATTACKED[1], ATTACKED[0]),
     },
     cost="an hour",
 )
@@ -329,43 +320,32 @@ CLAIMS["mixmim-attention"] = MIXMIM | dict(
     },
 )
 
-CLAIMS["mixmim-ratio"] = MIXMIM | dict(
-    exercise=True,
-    says="half of each image hidden is the best share (as remembered)",
-    arms={"a quarter": "--mask-ratio 0.25", "half": "", "three quarters": "--mask-ratio 0.75"},
-    expects={
-        "half is ahead of a quarter": ahead("probe %", "half", "a quarter"),
-        "half is ahead of three quarters": ahead("probe %", "half", "three quarters"),
-    },
-)
-
 
 # ---------------------------------------------------------------------------- dense tasks: what is a start worth?
 
 SCENES = "--model vit_demo --patch-size 8 --embed-dim 96 --depth 8 --num-heads 3 --data shapes --scenes crowded"
-DETECTION = dict(
-    paper="Detection benchmark",
-    data="shapes",
-    common=f"{SCENES} --img-size 128 --data-size 4096 --epochs 8 --batch-size 32 --lr 1e-3",
-    then={"detect": f"--task detect {SCENES} --img-size 128 --data-size 512 --epochs 5 --eval-every 1"},
-    figures={"box AP": "detect.box_ap", "mean box AP": "detect.box_ap mean", "box AP early": "detect.box_ap first",
-             "box AP50": "detect.box_ap50", "mask AP": "detect.mask_ap", "curve box AP": "detect.box_ap curve"},
-    shown=("box AP", "mean box AP", "mask AP"),
-    first_seed=3,
-)
 
 
 def points_of(unit, key, one, other="random"):
     return ahead(key, one, other, f"points of {unit}")
 
 
-CLAIMS["detect-init"] = DETECTION | dict(
+CLAIMS["detect-init"] = dict(
+    paper="Detection benchmark",
+    data="shapes",
     says="a detector that starts from masked pre-training ends ahead of random start",
     protocol="""512 scenes of 128 px, 640 steps of 4, 128 other scenes judge; MAE saw 4,096 scenes 8 times, without
     labels. Box AP is the paper's measure; its mean over the five evaluations shows speed. Seeds 3 to 7, since seeds
     0 to 2 were seen before. The learning rate is the same and was tuned for neither. A pilot with 64 scenes at 64 px
     showed no early gain (one seed).""",
-    arms={"random": (None, ""), "MAE": "--task pretrain --method mae --raw-pixels"},
+    common=f"--task pretrain --method mae --raw-pixels {SCENES} --img-size 128 --data-size 4096 --epochs 8 "
+           "--batch-size 32 --lr 1e-3",
+    then={"detect": f"--task detect {SCENES} --img-size 128 --data-size 512 --epochs 5 --eval-every 1"},
+    figures={"box AP": "detect.box_ap", "mean box AP": "detect.box_ap mean", "box AP early": "detect.box_ap first",
+             "box AP50": "detect.box_ap50", "mask AP": "detect.mask_ap", "curve box AP": "detect.box_ap curve"},
+    shown=("box AP", "mean box AP", "mask AP"),
+    first_seed=3,
+    arms={"random": (None, ""), "MAE": ""},
     expects={
         "MAE is ahead of random start in box AP": points_of("AP", "box AP", "MAE"),
         "MAE is ahead in the mean over evaluations": points_of("AP", "mean box AP", "MAE"),
@@ -373,19 +353,6 @@ CLAIMS["detect-init"] = DETECTION | dict(
         "after one pass MAE is ahead": points_of("AP", "box AP early", "MAE"),
     },
     cost="35 minutes",
-)
-
-CLAIMS["detect-starts"] = DETECTION | dict(
-    exercise=True,
-    says="supervised and contrastive pre-training are no better than random start; MAE is better",
-    arms={"random": (None, ""), "supervised": "--task classify", "supervised contrastive": "--task contrast",
-          "MAE": "--task pretrain --method mae --raw-pixels"},
-    expects={
-        "MAE is ahead of supervised": points_of("AP", "box AP", "MAE", "supervised"),
-        "MAE is ahead of supervised contrastive": points_of("AP", "box AP", "MAE", "supervised contrastive"),
-        "random start is ahead of supervised": points_of("AP", "box AP", "random", "supervised"),
-    },
-    cost="an hour and a half",
 )
 
 CLAIMS["segment-init"] = dict(
@@ -448,8 +415,7 @@ def report(folder):
     for name, claim in CLAIMS.items():
         groups = protocols(name, folder)
         if not groups:
-            kind = "exercise" if claim.get("exercise") else "to be run"
-            missing.append(f"- {kind}, {claim['cost']} a seed: `python experiments/claims.py {name}`, {claim['says']}")
+            missing.append(f"- `python experiments/claims.py {name}`, {claim['cost']} a seed: {claim['says']}")
             continue
         parts.append(f"### {name}\n\n{claim['paper']}: {claim['says']}.")
         for (data, times, present), rows in groups.items():
@@ -458,7 +424,7 @@ def report(folder):
             parts.append(f"![{name}](../experiments/results/{name}.png)")
     if not parts:
         raise ValueError(f"--results {folder} holds no results of a claim; run one and give its --output-dir")
-    return "\n\n".join([*parts, "### Not run", "\n".join(missing)])
+    return "\n\n".join([*parts, "### Exercises: not run by us yet", "\n".join(missing)])
 
 
 def section(name, claim, data, times, present, rows):
@@ -466,17 +432,15 @@ def section(name, claim, data, times, present, rows):
     seeds, first = lab.by_seed(claim, rows), rows[0]
     minutes = sum(row["seconds"] + row["trained_before"] for row in rows if row["seed"] in seeds) / 60
     device = first.get("gpu") or f"{first['processor']}, {first['threads']} thread(s)"
-    how = f"{data}, {len(seeds)} seeds, {device}, torch {first['torch'].split('+')[0]}, {minutes:.0f} minutes"
-    commits = sorted({row["commit"] for row in rows if "commit" in row})
-    if commits:
-        how += f", commit {', '.join(commits)}"
-    lines = [f"By an earlier protocol, whose commands are in its rows, at {times:g} times its default length: {how}."]
+    commits = sorted({row.get("commit", "unknown") for row in rows})
+    how = (f"{data}, {len(seeds)} seeds, {device}, torch {first['torch'].split('+')[0]}, {minutes:.0f} minutes, "
+           f"commit {', '.join(commits)}.")
+    lines = [f"By an earlier protocol, whose commands are in its rows, at {times:g} times its default length: {how}"]
     if present:
         options = "" if data == "shapes" else f" --data {data} --data-path DATA"
-        options += "" if times == 1 else f" --times {times:g}"
-        options += f" --first-seed {min(seeds, default=0)} --seeds {len(seeds)}"
-        lines = [f"`python experiments/claims.py {name}{options}`: {how}.", f"Protocol: {claim['protocol']}"]
-        lines[1] = " ".join(lines[1].split())
+        options += f" --times {times:g} --first-seed {min(seeds, default=0)} --seeds {len(seeds)}"
+        protocol = " ".join(claim.get("protocol", "none").split())
+        lines = [f"`python experiments/claims.py {name}{options}`: {how}", f"Protocol: {protocol}"]
     if lab.verdicts(claim, rows):
         lines.append(lab.verdict_table(claim, rows))
     return "\n\n".join([*lines, lab.table(claim, rows, claim.get("shown"))])
@@ -517,12 +481,12 @@ def main(argv=None):
             if name == "list":
                 for other, claim in CLAIMS.items():
                     print(f"{other:17} {claim['paper']}: {claim['says']} ({claim['cost']} a seed)")
-            elif name == "report" and flags.write:
-                put_between(flags.write, MARKS, report(flags.results))
-            elif name == "report":
-                print(report(flags.results))
-            else:
+            elif name != "report":
                 run(name, flags)
+            elif flags.write:
+                put_between(flags.write, MARKS, report(flags.results))
+            else:
+                print(report(flags.results))
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1])
     except SystemExit as stopped:

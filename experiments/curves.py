@@ -46,8 +46,8 @@ def read_curve(path, key):
     epochs = [line for line in read_log(path) if "epoch" in line]
     points = curve(epochs, key)
     if not points:
-        known = set().union(*epochs) - {"epoch", "step"}
-        raise ValueError(f"{path} has no epoch with {key!r}; --key can be {', '.join(sorted(known))}")
+        known = sorted(set().union(*epochs) - {"epoch", "step"})
+        raise ValueError(f"{path} has no epoch with {key!r}; --key can be {', '.join(known)}")
     return points
 
 
@@ -85,7 +85,7 @@ def draw(path, groups, key):
         for points in curves:
             ax.plot(list(points), list(points.values()), color=f"C{k}", linewidth=0.8, alpha=0.5)
         means = {step: statistics.fmean(values) for step, values in summarize(curves).items()}
-        label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})"
+        label = f"{name} ({len(curves)} seeds)"
         ax.plot(list(means), list(means.values()), "o-", color=f"C{k}", linewidth=2, label=label)
     ax.set(xlabel="training steps", ylabel=key, ylim=(0, None), xlim=(0, None))
     ax.grid(alpha=0.3)

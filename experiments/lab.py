@@ -51,7 +51,8 @@ SHAPES = "--data shapes --scenes crowded --data-size 16000"  # 4,000 more are th
 # for tests of the program: nothing is learned. Each replaces a flag that a command has, and adds none
 TINY = ("--epochs 1 --train-images 32 --val-images 24 --data-size 96 --batch-size 8 --img-size 32 --embed-dim 16 "
         "--depth 4 --num-heads 1 --segments 2 --decoder-embed-dim 32 --decoder-num-heads 2 --channels 8")
-KEYS = ("claim", "arm", "seed", "figures", "data", "commands", "seconds", "trained_before", "processor", "threads", "torch")
+KEYS = ("claim", "arm", "seed", "figures", "data", "commands", "seconds", "trained_before", "processor", "threads",
+        "torch")
 
 
 # ---------------------------------------------------------------------------- command lines
@@ -59,10 +60,10 @@ KEYS = ("claim", "arm", "seed", "figures", "data", "commands", "seconds", "train
 
 def read_flags(text):
     """"--lr 1e-3 --single" -> {"--lr": ["1e-3"], "--single": []}"""
-    flags, values = {}, []
+    flags = {}
     for word in shlex.split(text):
         if word.startswith("--"):
-            values = flags[word] = []
+            flags[word] = values = []
         else:
             values.append(word)
     return flags
@@ -207,7 +208,7 @@ class Run:
         """Of training, without evaluations."""
         args = json.loads((self.folder / "args.json").read_text())
         images = self.epochs[-1]["step"] * args["batch_size"] * args["accum"]
-        speeds = [line["img_s"] for line in self.epochs if line.get("img_s")]  # none where an epoch was resumed at its end
+        speeds = [line["img_s"] for line in self.epochs if line.get("img_s")]  # none in an epoch resumed at its end
         return images * statistics.fmean(1 / speed for speed in speeds)
 
 
@@ -224,7 +225,7 @@ def is_number(value):
 
 @contextlib.contextmanager
 def locked(file):
-    """Two claims at once may need the same run: the second waits. The lock ends with its process, however that ends."""
+    """Two claims at once may need the same run: the second waits. The lock ends with its process."""
     try:
         import fcntl
         fcntl.flock(file, fcntl.LOCK_EX)

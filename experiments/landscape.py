@@ -39,18 +39,8 @@ BATCH = 256  # images at a time, where no weights are derived
 FREE = {*runs.FREE, "seed", "device", "download", "eval_every", "mean", "std"}  # may differ within a row
 SHARED = ("data", "data_size", "scenes", "img_size")  # must be the same in all runs
 
-COLUMNS = {  # key of a measurement: header
-    "params": "params",
-    "train_loss": "train loss",
-    "test_acc": "test %",
-    "lambda_max": "lambda",
-    "L_N": "L_N",
-    "gap": "gap",
-    "weight_norm": "norm",
-    "doubling_radius": "radius",
-    "active_first": "active 1st %",
-    "active_mean": "active %",
-}
+COLUMNS = dict(params="params", train_loss="train loss", test_acc="test %", lambda_max="lambda", L_N="L_N", gap="gap",
+               weight_norm="norm", doubling_radius="radius", active_first="active 1st %", active_mean="active %")
 
 
 def fail(message):

@@ -11,10 +11,11 @@ from argparse import Namespace
 import torch
 import torch.nn.functional as F
 
-import lab as _  # noqa: F401  it makes the concept files importable
+import landscape  # first: it makes the concept files importable
 import geometry
 from masking import normalize_patches, patchify
 from tasks import Data, Silent, load_run
+from training.world import World
 
 
 def images_of(run, count, training=False):
@@ -158,40 +159,22 @@ def gradient_norms(model, run, count):
 
 def sharpness(lab, runs):
     """Around the final weights, on 256 training images; the NTK at the initial weights, on 64 of them."""
-    run = load_run(runs[""][0].folder)
-    model = run.model.requires_grad_(True)
-    x, y, _ = images_of(run, few(lab, 256), training=True)
+    run, count = load_run(runs[""][0].folder), few(lab, 256)
+    words = f"run --images {count} --iters {few(lab, 40)} --draws {few(lab, 10)} --tol 0.03 --surface-steps 9"
+    flags = landscape.parse(words.split())
+    figures, surface = landscape.measure(run, landscape.open_data(run, flags), flags, World("cpu"))
+    x, *_ = images_of(run, few(lab, 64), training=True)
+    kappa = geometry.ntk_condition_number(untrained(run), x).kappa
 
-    def loss():
-        return F.cross_entropy(model(x), y)
-
-    def eigenvalue(module):
-        return abs(geometry.hessian_max_eigenvalue(model, loss, list(module.parameters()), few(lab, 40), tol=0.03))
-
-    flat = geometry.average_flatness(model, loss, draws=few(lab, 10))
-    kappa = geometry.ntk_condition_number(untrained(run), x[:few(lab, 64)]).kappa
-    active = [100 * share for share in geometry.active_neurons(model, x).values()]
-    figures = {
-        "lambda": eigenvalue(model),
-        "log10 NTK condition, untrained": math.log10(min(kappa, 1e14)),  # beyond the precision of float32: infinite
-        "gap to L_N": flat.gap,
-        "L_N": flat.perturbed,
-        "loss on clean training images": flat.clean,
-        "rise of the loss": rise(model, loss) - flat.clean,
-        "weight norm": geometry.weight_norm(model),
-        "active first %": active[0],
-    }
-    if hasattr(model, "blocks"):
-        embedding = model.patch_embed if hasattr(model, "patch_embed") else model.stem
-        figures["lambda of embedding"] = eigenvalue(embedding)
-        figures["lambda of last block"] = eigenvalue(model.blocks[-1])
-    return figures
-
-
-def rise(model, loss, steps=9):
-    """The mean loss on a random circle around the weights, at a quarter of their length."""
-    surface = geometry.loss_surface(model, loss, radius=0.5, steps=steps)
+    # the mean loss on a random circle around the weights, at a quarter of their length
     axis = surface.coordinates
     distance = torch.hypot(axis[:, None], axis[None])
-    ring = (distance - 0.25).abs() < axis[1] - axis[0]
-    return surface.losses[ring].clamp(max=1e3).mean().item()
+    ring = surface.losses[(distance - 0.25).abs() < axis[1] - axis[0]]
+    return {
+        "lambda": abs(figures["lambda_max"]),
+        "log10 NTK condition, untrained": math.log10(min(kappa, 1e14)),  # beyond the precision of float32: infinite
+        "gap to L_N": figures["gap"],
+        "rise of the loss": ring.clamp(max=1e3).mean().item() - figures["train_loss"],
+        "weight norm": figures["weight_norm"],
+        "active first %": figures["active_first"],
+    }

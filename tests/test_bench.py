@@ -36,7 +36,8 @@ def test_a_line_that_a_kill_cut_short_does_not_count_and_is_replaced(tmp_path):
 
 
 @pytest.mark.parametrize("values, text", [
-    ([1.0, 3.0], "2.00 ± 1.41"), ([1234.5], "1,234"), ([0.5, None], "n/a"), ([], "n/a"), ([0.0], "0"), ([math.nan], "n/a")])
+    ([1.0, 3.0], "2.00 ± 1.41"), ([1234.5], "1,234"), ([0.5, None], "n/a"), ([], "n/a"), ([0.0], "0"),
+    ([math.nan], "n/a")])
 def test_mean_and_deviation_have_three_digits_of_the_larger(values, text):
     assert machine.spread(values) == text
 

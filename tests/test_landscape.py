@@ -3,7 +3,6 @@ import io
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -149,7 +148,8 @@ def changed(runs, path, **args):
 
 
 @pytest.mark.parametrize("args, words", [
-    (dict(data_size=128), "data_size 128"), (dict(scenes="simple"), "scenes simple"), (dict(data="cifar10"), "data cifar10"),
+    (dict(data_size=128), "data_size 128"), (dict(scenes="simple"), "scenes simple"),
+    (dict(data="cifar10"), "data cifar10"),
     (dict(seed=0), "same seed"), (dict(data_path="elsewhere", seed=1), "--data-path")])
 def test_runs_that_cannot_be_compared_are_refused_in_one_sentence(runs, tmp_path, capsys, args, words):
     other = changed(runs, tmp_path / "other.pt", **args)
