@@ -80,7 +80,8 @@ def test_a_figure_that_is_not_a_number_is_shown_and_judged_as_noise():
 # the statements' code: every effect must come out above zero, and turned around below.
 AGREEING = {
     "mirl-depth": {"loss": (0.70, 0.73, 0.69, 0.695), "mean probe %": (40, 38, 41, 45),
-                   "late block %": (41, 44, 40, 44), "last block %": (40, 41, 41, 46), "gradient span, trained": (4, 6, 2, 3)},
+                   "late block %": (41, 44, 40, 44), "last block %": (40, 41, 41, 46),
+                   "gradient span, trained": (4, 6, 2, 3)},
     "mirl-tune": {"fine-tuned %": (50, 60, 62), "first 36 blocks %": (None, 60.4, 59)},
     "mirl-residual": {"probe %": (45, 43), "error of main 1+4": (1.0, None), "error of residual 1+4": (1.3, None),
                       "error of sum 1+4": (0.6, None), "variance of main 1+4": (0.7, None),
