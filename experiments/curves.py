@@ -1,12 +1,13 @@
-"""Curves: a figure of training runs, epoch by epoch, with their spread over seeds.
+"""Curves: what training runs logged, as a figure. One run in full, or groups of runs with their spread over seeds.
 
+    python experiments/curves.py runs/0001                     loss, learning rate and what was evaluated -> curves.png
     python experiments/curves.py --run "random start" runs/random* --run "MAE" runs/mae* --key box_ap50
 
-Takes the folders (or log.jsonl files) that train.py wrote. Each --run is a name and runs that differ in
-their seed: the table gives mean and sample standard deviation at every epoch that all of them
-evaluated, the figure draws each run thinly and the mean boldly, over training steps.
+Takes the folders (or log.jsonl files) that train.py wrote. Each --run is a name and runs that differ in their seed: the
+table gives mean and sample standard deviation at every epoch that all of them evaluated, the figure draws each run
+thinly and the mean boldly, over training steps.
 
-Needs: Python alone; matplotlib for the figure.
+Needs: torch (for benchmarks/machine.py); matplotlib for the figure.
 """
 
 import argparse
@@ -15,86 +16,134 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-def read_curve(path, key):
-    """{step: value} of the epoch lines that have the key."""
+from benchmarks.machine import spread
+
+NOT_DRAWN = {"epoch", "step", "lr", "img_s", "data_share", "bad_steps", "skipped_images"}
+
+
+def read_log(path):
+    """The lines of a run's log."""
     path = Path(path)
     path = path / "log.jsonl" if path.is_dir() else path
     if not path.is_file():
         raise ValueError(f"{path} does not exist; give a folder that train.py wrote, or its log.jsonl")
     try:
         lines = [json.loads(line) for line in path.read_text().splitlines()]
-        curve = {line["step"]: line[key] for line in lines if "epoch" in line and line.get(key) is not None}
+        return [line for line in lines if line["step"] >= 0]
     except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no log of train.py; give its log.jsonl") from None
-    if not curve:
-        known = sorted({name for line in lines if "epoch" in line for name in line} - {"epoch", "step"})
+        raise ValueError(f"{path} is not a log of train.py; give its log.jsonl") from None
+
+
+def curve(lines, key):
+    """{step: value} of the lines that have the key."""
+    return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+
+
+def read_curve(path, key):
+    """Of the epochs of a run."""
+    epochs = [line for line in read_log(path) if "epoch" in line]
+    points = curve(epochs, key)
+    if not points:
+        known = sorted(set().union(*epochs) - {"epoch", "step"})
         raise ValueError(f"{path} has no epoch with {key!r}; --key can be {', '.join(known)}")
-    return curve
+    return points
 
 
 def summarize(curves):
-    """[{step: value}] -> {step: (mean, sample standard deviation or None)} over the steps that all of them have."""
-    steps = sorted(set.intersection(*(set(curve) for curve in curves)))
-    values = {step: [curve[step] for curve in curves] for step in steps}
-    return {step: (statistics.fmean(some), statistics.stdev(some) if len(some) > 1 else None) for step, some in values.items()}
+    """{step: values} over the steps that all curves have."""
+    steps = sorted(set.intersection(*map(set, curves)))
+    return {step: [points[step] for points in curves] for step in steps}
 
 
-def table(rows, key):
-    """Markdown: a line per run, a column per step."""
-    steps = sorted({step for row in rows.values() for step in row})
-    lines = [f"| {key} after | " + " | ".join(f"{step:,} steps" for step in steps) + " |", "| --- |" + " ---: |" * len(steps)]
+def table(groups, key):
+    """Markdown: a line per name, a column per step."""
+    rows = {name: summarize(curves) for name, curves in groups.items()}
+    steps = sorted(set().union(*rows.values()))
+    lines = [f"| {key} after | " + " | ".join(f"{step:,} steps" for step in steps) + " |"]
+    lines.append("| --- |" + " ---: |" * len(steps))
     for name, row in rows.items():
-        cells = ["" if step not in row else f"{row[step][0]:.1f}" + ("" if row[step][1] is None else f" ± {row[step][1]:.1f}") for step in steps]
+        cells = [spread(row[step]) if step in row else "" for step in steps]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
-def draw(path, groups, rows, key):
+def pyplot():
     try:
         import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
     except ImportError:
         raise ValueError("matplotlib is not installed; pip install matplotlib") from None
-    figure, ax = plt.subplots(figsize=(6, 4), layout="constrained")
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def draw(path, groups, key):
+    figure, ax = pyplot().subplots(figsize=(6, 4), layout="constrained")
     for k, (name, curves) in enumerate(groups.items()):
-        for curve in curves:
-            ax.plot(list(curve), list(curve.values()), color=f"C{k}", linewidth=0.8, alpha=0.5)
-        label = f"{name} ({len(curves)} seed{'s' * (len(curves) > 1)})"
-        ax.plot(list(rows[name]), [mean for mean, _ in rows[name].values()], "o-", color=f"C{k}", linewidth=2, label=label)
+        for points in curves:
+            ax.plot(list(points), list(points.values()), color=f"C{k}", linewidth=0.8, alpha=0.5)
+        means = {step: statistics.fmean(values) for step, values in summarize(curves).items()}
+        label = f"{name} ({len(curves)} seeds)"
+        ax.plot(list(means), list(means.values()), "o-", color=f"C{k}", linewidth=2, label=label)
     ax.set(xlabel="training steps", ylabel=key, ylim=(0, None), xlim=(0, None))
     ax.grid(alpha=0.3)
     ax.legend()
     figure.savefig(path, dpi=120, format="png")
 
 
+def draw_run(path, lines):
+    """Panels of one run: its losses, its learning rate, and what was evaluated in percent."""
+    epochs = [line for line in lines if "epoch" in line]
+    steps = [line for line in lines if "epoch" not in line]
+    names = sorted(set().union(*epochs) - NOT_DRAWN)
+    losses = [name for name in names if name.endswith("loss") or name == "baseline"]
+    shares = [name for name in names if name not in losses]
+    panels = {"loss": losses, "learning rate": [], "%": shares}
+    figure, axes = pyplot().subplots(1, 3 if shares else 2, figsize=(12 if shares else 8, 3.4), layout="constrained")
+    axes[0].plot(*zip(*curve(steps, "loss").items()), linewidth=0.7, alpha=0.5, label="loss of a step")
+    axes[1].plot(*zip(*curve(lines, "lr").items()))
+    for ax, (title, keys) in zip(axes, panels.items()):
+        for key in keys:
+            ax.plot(*zip(*curve(epochs, key).items()), ".-", label=key)
+        if title != "learning rate":
+            ax.legend(fontsize=8)
+        ax.set(title=title, xlabel="training steps")
+        ax.grid(alpha=0.3)
+    figure.savefig(path, dpi=120, format="png")
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--run", action="append", nargs="+", required=True, metavar=("NAME", "FOLDER"), help="a name and the runs that bear it")
-    parser.add_argument("--key", default="box_ap50", help="what to draw (default %(default)s)")
+    parser.add_argument("folder", nargs="?", help="one run, drawn in full")
+    parser.add_argument("--run", action="append", nargs="+", metavar=("NAME", "FOLDER"), help="a name and its runs")
+    parser.add_argument("--key", default="box_ap50", help="of --run: what to draw (default %(default)s)")
     parser.add_argument("--output", default="curves.png", help="the figure (default %(default)s)")
     flags = parser.parse_args(argv)
     try:
-        for name, *paths in flags.run:
-            if not paths:
-                raise ValueError(f"--run {name!r} needs a name and at least one folder")
-        if len({name for name, *_ in flags.run}) < len(flags.run):
-            raise ValueError("two --run have the same name; give each its own")
-        groups = {name: [read_curve(path, flags.key) for path in paths] for name, *paths in flags.run}
-        rows = {name: summarize(curves) for name, curves in groups.items()}
-        for name, row in rows.items():
-            if not row:
-                raise ValueError(f"the runs of {name!r} have no step in common; they must differ in their seed only")
+        if (flags.folder is None) == (flags.run is None):
+            raise ValueError("give the folder of one run, or --run NAME FOLDER ...")
+        if flags.folder:
+            draw_run(flags.output, read_log(flags.folder))
+        else:
+            draw_groups(flags)
     except (ValueError, OSError) as error:
         print(f"curves.py: {error}; see --help", file=sys.stderr)
         sys.exit(2)
-    print(table(rows, flags.key))
-    try:
-        draw(flags.output, groups, rows, flags.key)
-        print(f"saved {flags.output}")
-    except (ValueError, OSError) as error:
-        print(f"no figure: {error}")
+    print(f"saved {flags.output}")
+
+
+def draw_groups(flags):
+    groups = {}
+    for name, *paths in flags.run:
+        if not paths or name in groups:
+            raise ValueError(f"--run {name!r} needs at least one folder, and a name of its own")
+        groups[name] = [read_curve(path, flags.key) for path in paths]
+        if not summarize(groups[name]):
+            raise ValueError(f"the runs of {name!r} have no step in common; they must differ in their seed only")
+    print(table(groups, flags.key))
+    draw(flags.output, groups, flags.key)
 
 
 if __name__ == "__main__":

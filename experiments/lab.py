@@ -1,334 +1,360 @@
-"""Lab: training runs as measurements. Trained once, remembered, compared seed by seed, judged by a rule fixed before.
+"""Lab: command lines as measurements. Run once, remembered, compared seed by seed, judged by a fixed rule.
 
-A claim has arms, each a function that trains with train.py and returns {figure: number}. All arms meet the same seeds, and
-with a seed the same images and the same initial weights where sizes allow; so a statement about them is judged by its
-paired effects e_1 .. e_n, one per seed, with the sign the paper expects:
+A claim (claims.py) has arms: a command line of train.py, and what follows from what it trained. All arms see the same
+seeds, and with a seed the same images and, where sizes allow, the same initial weights. So a statement about them is
+judged by its effects e_1 .. e_n, one per seed, positive where the paper expects it:
 
-    interval = mean(e) ± t sd(e) / sqrt(n)        t: 95th percentile of Student's t, n - 1 degrees of freedom        (1)
+    interval = mean(e) ± t sd(e) / sqrt(n)        t: 95th percentile of Student's t, n - 1 degrees of freedom    (1)
 
-    not seen           it lies within ± `worth`, the smallest effect that would matter
-    agrees             else, it lies above zero
+    not seen           the interval lies within ± `worth`, the smallest effect that would matter
+    agrees             it lies above zero
     opposite           it lies below zero
     not seen           it reaches below zero, and not up to `worth`
     too noisy to say   anything else, and always with one seed
 
-The first that applies. Beyond ten seeds t stays that of ten: a little too careful. Either end of the interval is missed by chance once in
-twenty, so of many statements some are wrong. Seeds draw weights, order, masks and augmentations; the training images and those that judge
-are the same for all, as in any benchmark.
+The first that applies. Beyond ten seeds t stays that of ten, which is a little too careful. Each end of an interval is
+wrong once in twenty, so some of many statements are. The images are the same for all seeds.
 
-A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted one
-goes on where it stopped. Every arm and seed becomes a line of JSON as soon as it is measured.
+A training run lies in a folder named after its flags: two claims that need the same run share it, and an interrupted
+one is resumed. Each arm and seed is a line of JSON, written as soon as it is measured, with the commands that repeat
+it: those that ran, with DATA for the folder of the images and runs/ for that of the runs.
 
-Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py with all it needs; machine.py beside it.
+Needs: torch, torchvision, einops, tqdm (matplotlib for figures); train.py and benchmarks/machine.py.
 """
 
 import contextlib
-import functools
 import hashlib
+import itertools
 import json
 import math
-import os
 import shlex
 import statistics
 import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files lie in the repository root
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # machine.py, also when this file is imported
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files are in the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import first_blocks
 import train
-from machine import machine
+from benchmarks.machine import append, finite, machine, plus_minus, read_rows, spread
 from checkpoints import read_checkpoint
-from data import Images, augmentation, first_of_shuffle, open_source
+from curves import pyplot
 
-STUDENT = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # one-sided 95 %, by degrees of freedom
-
-
-class Statement(NamedTuple):
-    """What the paper says, as a number that it expects above zero."""
-
-    text: str
-    effect: Callable  # {arm: figures} of one seed -> number
-    unit: str = "points"
-    worth: float = 1.0  # smaller effects would not matter
+STUDENT = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # one-sided 95 %, by n - 1
+SHAPES = "--data shapes --scenes crowded --data-size 16000"  # 4,000 more are the validation set
+# for tests of the program: nothing is learned. Each replaces a flag that a command has, and adds none
+TINY = ("--epochs 1 --train-images 32 --val-images 24 --data-size 96 --batch-size 8 --img-size 32 --embed-dim 16 "
+        "--depth 4 --num-heads 1 --segments 2 --decoder-embed-dim 32 --decoder-num-heads 2 --channels 8")
+KEYS = ("claim", "arm", "seed", "figures", "data", "commands", "seconds", "trained_before", "processor", "threads",
+        "torch")
 
 
-class Claim(NamedTuple):
-    paper: str
-    says: str  # the paper's claim, a sentence
-    arms: dict  # name -> function() -> {figure: number, or None where there is none}; figures named "curve ..." are lists of (x, y)
-    statements: list
-    shown: tuple = ()  # the figures of the plot; default all numbers, the first four
-    axes: tuple = ("", "")  # of the curves
-    data: str = None  # "shapes": generated scenes whatever --data says
+# ---------------------------------------------------------------------------- command lines
 
 
-class Run(NamedTuple):
-    folder: Path
-    last: dict  # the last epoch's line of the log
-    seconds: float  # of training, without evaluations
+def read_flags(text):
+    """"--lr 1e-3 --single" -> {"--lr": ["1e-3"], "--single": []}"""
+    flags = {}
+    for word in shlex.split(text):
+        if word.startswith("--"):
+            flags[word] = values = []
+        else:
+            values.append(word)
+    return flags
 
-    @property
-    def checkpoint(self):
-        return self.folder / "checkpoint.pt"
 
-    def curve(self, key):
-        """[(step, value)] of the epochs that were evaluated."""
-        lines = map(json.loads, (self.folder / "log.jsonl").read_text().splitlines())
-        return [(line["step"], line[key]) for line in lines if "epoch" in line and line.get(key) is not None]
+def command(words):
+    """As a reader types it."""
+    return f"python {shlex.join(words)}"
 
 
 class Lab:
-    """One seed of a claim: trains what its arms ask for.
+    """One seed of a claim.
 
-    data    "shapes", or a folder of images (train/ and val/ or test/, a folder per class)
-    budget  minutes per claim and seed that lengths of training were chosen for, roughly: at 10, claims took from 13 to 38 on one busy
-            core. Epochs scale with it, those of linear probes do not
-    tiny    sizes for a test: nothing is learnt
+    folder     of the training runs
+    data       what train.py calls it; claims on detection and segmentation have generated scenes of their own
+    times      factor on the epochs of each arm's first run
+    overrides  flags that replace those of the commands that have them: pilots, and TINY
     """
 
-    def __init__(self, folder, data="shapes", seed=0, budget=10.0, tiny=False, say=print):
-        self.folder, self.data, self.seed, self.budget, self.tiny, self.say = Path(folder), str(data), seed, budget, tiny, say
-        self.commands = []  # of the arm being measured
-        self.reused = {}  # name -> seconds of training, of runs that were there before they were asked for
+    def __init__(self, folder, data="shapes", data_path=None, seed=0, times=1.0, overrides="", say=print):
+        self.folder, self.data, self.data_path, self.seed = Path(folder), data, data_path, seed
+        self.times, self.overrides, self.say = times, overrides, say
+        self.trained_before = {}  # folder of a run that existed -> seconds of its training
 
-    def pick(self, usual, tiny):
-        return tiny if self.tiny else usual
+    def words(self, *texts, init=None, seed=None, times=1.0):
+        """The command line of a run: later texts replace flags of earlier ones."""
+        flags = {}
+        for text in texts:
+            flags |= read_flags(text)
+        if "--data" not in flags:
+            flags |= read_flags(SHAPES if self.data == "shapes" else f"--data {self.data} --data-path DATA")
+        if times != 1:
+            flags["--epochs"] = [str(max(1, round(int(flags["--epochs"][0]) * times)))]
+        flags.setdefault("--eval-every", ["10000"])
+        flags["--seed"] = [str(self.seed if seed is None else seed)]
+        for name, values in read_flags(self.overrides).items():
+            if name in flags:
+                flags[name] = values
+        if init:
+            flags["--init"] = [init]
 
-    def epochs(self, usual):
-        """So many in the default budget, in proportion in another, at least one."""
-        return 1 if self.tiny else max(1, round(usual * self.budget / 10))
+        # the folder is named after all of them
+        digest = hashlib.sha256(json.dumps(sorted(flags.items())).encode()).hexdigest()[:10]
+        kind = [flags[name][0] for name in ("--task", "--method", "--model", "--optimizer") if name in flags]
+        flags["--output-dir"] = [f"runs/{'-'.join(kind)}-seed{flags['--seed'][0]}-{digest}"]
+        return ["train.py", *itertools.chain.from_iterable([name, *values] for name, values in flags.items())]
 
-    def images(self, count, val=2000):
-        """Flags for `count` training images and `val` that judge, or as many as there are; of shapes at least `val`."""
-        count, val = self.pick((count, val), (min(count, 48), 24))
-        if self.data == "shapes":  # a quarter of the set judges
-            return dict(data="shapes", data_size=max(count, 4 * val), train_images=count)
-        there = files_in(self.data)
-        return dict(data="folder", data_path=self.data, train_images=min(count, there["train"]), val_images=min(val, there["val"] or there["test"]))
+    def plan(self, claim, arm):
+        """[(name, words)]: "" is the arm's first run, the others are named by the claim's `then`."""
+        flags, more = as_pair(claim["arms"][arm])
+        steps, main, init = [], None, None
+        if flags is not None:
+            main = self.words(claim["common"], flags, times=self.times)
+            init = f"{main[-1]}/checkpoint.pt"
+            steps.append(("", main))
+        for name, text in claim.get("then", {}).items():
+            extra = more.get(name, "") if isinstance(more, dict) else more
+            if extra is None:
+                continue
+            repeats = claim.get("probes", 1) if "--task probe" in text else 1
+            for seed in range(self.seed, self.seed + 1000 * repeats, 1000):
+                start = init
+                depth = depth_of(self.words(text, extra))
+                if main and depth < depth_of(main):  # a smaller depth than was pre-trained: the first blocks
+                    steps.append(("cut", ["experiments/first_blocks.py", init, str(depth)]))
+                    start = first_blocks.output(init, depth)
+                steps.append((name, self.words(text, extra, init=start, seed=seed)))
+        return steps
 
-    def train(self, **flags):
-        """A run of train.py with these flags, or the finished one that is there -> Run."""
-        flags = {"seed": self.seed, "eval_every": 10_000, **flags}
-        name = hashlib.sha256(json.dumps(sorted((key, str(value)) for key, value in flags.items())).encode()).hexdigest()[:10]
-        kind = "-".join(str(flags[key]) for key in ("task", "method", "model", "optimizer") if flags.get(key))
-        folder = self.folder / f"{kind}-seed{self.seed}-{name}"
-        argv = as_argv(flags)
-        # a line that a reader can type: data and earlier runs by name, not by this machine's paths
-        told = {key: f"runs/{Path(value).relative_to(self.folder)}" if key in ("data_path", "init") and value and str(value) != self.data else value
-                for key, value in flags.items()}
-        if told.get("data_path") == self.data:
-            told["data_path"] = "DATA"
-        self.commands.append(f"python train.py {shlex.join(as_argv({**told, 'output_dir': f'runs/{folder.name}'}))}")
-        reused = finished(folder)
-        if not reused:
-            self.say(f"  {self.commands[-1]}")
+    def place(self, word):
+        """From a command that anyone can type to the files of this machine."""
+        if word == "DATA":
+            return str(self.data_path)
+        return str(self.folder / word[5:]) if word.startswith("runs/") else word
+
+    def train(self, words):
+        """The run of a command line, trained now or before -> Run."""
+        name = words[-1]
+        folder, argv = Path(self.place(name)), [self.place(word) for word in words[1:]]
+        existed = finished(folder)
+        if not existed:
+            self.say(f"  {command(words)}")
             self.folder.mkdir(parents=True, exist_ok=True)
-            with open(f"{folder}.txt", "a") as output, contextlib.redirect_stdout(output), alone(output):
-                if not finished(folder):  # another claim may have trained it while this one waited
+            with open(f"{folder}.txt", "a") as output, contextlib.redirect_stdout(output), locked(output):
+                if not finished(folder):  # another process may have trained it while this one waited
                     resume = ["--resume"] if (folder / "args.json").exists() else []
-                    train.main([*argv, *resume, "--output-dir", str(folder)])
-        lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
-        epochs = [line for line in lines if "epoch" in line]
-        args = json.loads((folder / "args.json").read_text())
-        steps = epochs[-1]["step"] / len(epochs)  # per epoch; several processes are not for this file
-        speeds = [line["img_s"] for line in epochs if line.get("img_s")]  # none in an epoch that ended as the run was stopped
-        seconds = len(epochs) * steps * args["batch_size"] * args["accum"] * statistics.fmean(1 / speed for speed in speeds)
-        if reused:
-            self.reused[f"runs/{folder.name}"] = seconds
-        return Run(folder, epochs[-1], seconds)
+                    train.main([*argv, *resume])
+        run = Run(folder)
+        if existed:
+            self.trained_before[name] = run.value("seconds")
+        return run
 
-    def load(self, run):
-        """The model a run ended with, in eval mode, and its flags."""
-        saved = read_checkpoint(run.checkpoint)
-        args = train.argparse.Namespace(**{**train.DEFAULTS["all"], **saved["args"]})  # older files lack newer flags
-        model = train.build_model(args, args.num_classes, resumed=True)
-        model.load_state_dict(saved["model"])
-        return model.eval(), args
+    def arm(self, claim, arm):
+        """Train what an arm needs -> {figure: number, None where it is not one, or curve}."""
+        runs = {}
+        for name, words in self.plan(claim, arm):
+            if words[0] == "train.py":
+                runs.setdefault(name, []).append(self.train(words))
+            else:
+                first_blocks.main([self.place(word) for word in words[1:]])
 
-
-def untrained(args):
-    """The model of a run as it was before its first step."""
-    torch.manual_seed(args.seed)  # as train.py does
-    return train.build_model(args, args.num_classes, resumed=True).eval()
-
-
-def as_argv(flags):
-    """{"img_size": 32, "probe": True, "init": None} -> ["--img-size", "32", "--probe"]"""
-    argv = []
-    for key, value in flags.items():
-        if value is not None and value is not False:
-            values = [] if value is True else value if isinstance(value, (list, tuple)) else [value]
-            argv += [f"--{key.replace('_', '-')}", *map(str, values)]
-    return argv
+        # figures of the logs, then those measured on the trained models
+        figures = {}
+        for key, source in claim["figures"].items():
+            name, _, what = source.rpartition(".")
+            if name in runs:
+                figures[key] = average([run.value(what) for run in runs[name]])
+        if "measure" in claim:
+            figures |= claim["measure"](self, runs)
+        return {key: value if is_number(value) else None for key, value in figures.items()}
 
 
-@functools.cache
-def files_in(data):
-    """How many images a folder holds, by split."""
-    return {split: sum(1 for _ in Path(data).glob(f"{split}/*/*")) for split in ("train", "val", "test")}
+def as_pair(arm):
+    """An arm is flags of the first run; or a pair: those (None: no such run), and flags of what follows."""
+    return arm if isinstance(arm, tuple) else (arm, "")
+
+
+def depth_of(words):
+    return int(words[words.index("--depth") + 1]) if "--depth" in words else math.inf
+
+
+class Run:
+    """What a training run left behind."""
+
+    def __init__(self, folder):
+        self.folder, self.checkpoint = Path(folder), Path(folder) / "checkpoint.pt"
+        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
+        self.epochs = [line for line in lines if "epoch" in line]
+
+    def value(self, what):
+        """"val_acc": its last one. "val_acc first", "mean" or "curve": of all evaluations."""
+        key, _, how = what.partition(" ")
+        if key in ("seconds", "minutes"):
+            return self.seconds() / (60 if key == "minutes" else 1)
+        curve = [(line["step"], line[key]) for line in self.epochs if line.get(key) is not None]
+        if not curve or how == "curve":
+            return curve or None
+        values = [value for _, value in curve]
+        return statistics.fmean(values) if how == "mean" else values[0 if how == "first" else -1]
+
+    def seconds(self):
+        """Of training, without evaluations."""
+        args = json.loads((self.folder / "args.json").read_text())
+        images = self.epochs[-1]["step"] * args["batch_size"] * args["accum"]
+        speeds = [line["img_s"] for line in self.epochs if line.get("img_s")]  # none in an epoch resumed at its end
+        return images * statistics.fmean(1 / speed for speed in speeds)
+
+
+def average(values):
+    """Of runs that differ in their seed. A curve is that of the first."""
+    if isinstance(values[0], list):
+        return values[0]
+    return statistics.fmean(values) if all(map(finite, values)) else None
+
+
+def is_number(value):
+    return all(finite(y) for _, y in value) if isinstance(value, list) else finite(value)
 
 
 @contextlib.contextmanager
-def alone(file):
-    """Two claims at once may need the same run: the second waits for the first. Ends with the process, also by kill -9."""
+def locked(file):
+    """Two claims at once may need the same run: the second waits. The lock ends with its process."""
     try:
         import fcntl
-    except ImportError:  # Windows: do not start two at once
-        yield
-        return
-    fcntl.flock(file, fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        fcntl.flock(file, fcntl.LOCK_UN)
+        fcntl.flock(file, fcntl.LOCK_EX)
+    except ImportError:  # Windows: start one claim at a time
+        pass
+    yield
 
 
 def finished(folder):
-    """Did the run there come to its end? What counts is the checkpoint, which is written after the log."""
+    """The checkpoint decides, as it is written after the log."""
     try:
-        saved = read_checkpoint(folder / "checkpoint.pt")
-        return saved["epoch"] == saved["args"]["epochs"]
+        saved = read_checkpoint(Path(folder) / "checkpoint.pt")
+        return saved["at"]["epoch"] == saved["args"]["epochs"]
     except (ValueError, KeyError):
         return False
 
 
-def images_of(args, count, training=False):
-    """The first images of a run's set, not augmented: x (B, C, H, W), y (B,), the masks' noise (B, N) as in evaluation; the set, their places in it."""
-    source = open_source(args.data, args.data_path, training, tuple(args.img_size), args.data_size)
-    indices = first_of_shuffle(len(source), min(count, len(source)))  # train.py takes its images from the same shuffle
-    noise_size = math.prod(side // args.mask_patch_size for side in args.img_size) if args.task == "pretrain" else 0
-    some = Images(source, augmentation("none", args.img_size, source.mean, source.std), args.seed, indices, noise_size)
-    x, y, noise = zip(*(some[0, i] for i in range(len(some))))
-    return torch.stack(x), torch.tensor(y), torch.stack(noise), source, indices
+# ---------------------------------------------------------------------------- remembering
 
 
-@torch.no_grad()
-def multiply_adds(model, img_size, *more):
-    """Of a forward pass, per image, in millions. more: what the model wants besides images. A pair is measured, as MixMIM mixes."""
-    with FlopCounterMode(display=False) as counter:
-        model(torch.zeros(2, 3, *img_size), *more)
-    return counter.get_total_flops() / 2 / 2 / 1e6  # two operations, two images
+def measure(name, claim, lab, path):
+    """All arms of one seed -> rows, each appended to the file; what the file has is not measured again."""
+    rows, where = [], machine("cuda" if torch.cuda.is_available() else "cpu")
+    known = {}
+    for row in read_rows(path, KEYS):
+        known[row["arm"], row["seed"], tuple(row["commands"])] = row
+    for arm in claim["arms"]:
+        commands = [command(words) for _, words in lab.plan(claim, arm)]
+        key = arm, lab.seed, tuple(commands)
+        if key not in known:
+            lab.say(f"{name}, seed {lab.seed}: {arm}")
+            began, lab.trained_before = time.monotonic(), {}
+            figures = lab.arm(claim, arm)
+            seconds = time.monotonic() - began
 
-
-# ---------------------------------------------------------------------------- measuring and remembering
-
-
-def read_rows(path):
-    """The measurements in a file, a line each; a last line cut by a kill does not count. ValueError if it is another file."""
-    rows = []
-    for number, line in enumerate(whole_lines(path).splitlines(), start=1):
-        try:
-            row = json.loads(line)
-            [row[key] for key in ("claim", "arm", "seed", "figures", "data", "budget", "tiny", "commands", "seconds", "trained_before", "processor",
-                                  "threads", "torch")]
-        except (ValueError, KeyError, TypeError):
-            raise ValueError(f"{path} line {number} is no measurement of a claim; move that file away or give another folder") from None
-        rows.append(row)
+            # what other claims trained counts too, but nothing twice in one claim and seed
+            counted = {line.split()[-1] for row in rows for line in row["commands"]}
+            before = sum(value for run, value in lab.trained_before.items() if run not in counted)
+            data = "shapes" if claim.get("data") == "shapes" else lab.data
+            what = dict(claim=name, arm=arm, seed=lab.seed, data=data, times=lab.times, overrides=lab.overrides)
+            cost = dict(seconds=round(seconds, 1), trained_before=round(before, 1), day=time.strftime("%Y-%m-%d"))
+            known[key] = dict(**what, figures=figures, commands=commands, **cost, **where)
+            append(path, known[key])
+        rows.append(known[key])
     return rows
 
 
-def whole_lines(path):
-    text = Path(path).read_text() if Path(path).exists() else ""
-    return text[:text.rfind("\n") + 1]
+# ---------------------------------------------------------------------------- judging
 
 
-def append(path, row):
-    """At once, so that nothing measured is lost."""
-    whole = whole_lines(path).encode()
-    if whole and len(whole) < Path(path).stat().st_size:
-        os.truncate(path, len(whole))  # a kill had cut the last line: its arm is measured anew
-    with open(path, "a") as file:
-        file.write(json.dumps(row, allow_nan=False) + "\n")
+class Statement(NamedTuple):
+    """What the paper says, as an effect that it expects above zero."""
+
+    text: str
+    effect: object  # {arm: figures} of one seed -> number
+    unit: str = "points"
+    worth: float = 1.0  # smaller effects would not matter
 
 
-def measure(name, make, lab, path):
-    """All arms of one seed -> rows, each appended to the file at `path` as soon as it is there; what is there is not measured again."""
-    claim, rows, where = make(lab), [], machine("cuda" if torch.cuda.is_available() else "cpu")
-    data = claim.data or ("shapes" if lab.data == "shapes" else Path(lab.data).resolve().name)
-    what = dict(claim=name, seed=lab.seed, data=data, budget=lab.budget, tiny=lab.tiny)
-    known = {row["arm"]: row for row in read_rows(path) if {key: row.get(key) for key in what} == what}
-    for arm, function in claim.arms.items():
-        if arm not in known:
-            lab.say(f"{name}, seed {lab.seed}: {arm}")
-            lab.commands, began = [], time.monotonic()
-            figures = {key: value if finite(value) else None for key, value in function().items()}
-            # what another claim trained counts too, but nothing twice in one claim and seed; the last word of a command is its run
-            here = {command.split()[-1] for row in known.values() for command in row["commands"]}
-            before = sum(seconds for run, seconds in lab.reused.items() if run not in here)
-            row = dict(**what, arm=arm, figures=figures, commands=lab.commands, seconds=round(time.monotonic() - began, 1), trained_before=round(before, 1),
-                       **where, day=time.strftime("%Y-%m-%d"))
-            append(path, row)
-            known[arm] = row
-        rows.append(known[arm])
-    return claim, rows
+def reach(deviation, n):
+    """Half the length of the interval (1)."""
+    return STUDENT[min(n, len(STUDENT)) - 1] * deviation / n**0.5
 
 
-# ---------------------------------------------------------------------------- judging and showing
+def decide(mean, deviation, n, worth):
+    low, high = mean - reach(deviation, n), mean + reach(deviation, n)
+    if -worth < low and high < worth:
+        return "not seen"
+    if low > 0:
+        return "agrees"
+    if high < 0:
+        return "opposite"
+    return "not seen" if high < worth else "too noisy to say"
 
 
 def judge(effects, worth):
-    """Effects, one per seed, positive where the paper expects it -> one of four verdicts, see (1). NaN is too noisy."""
+    """Effects, one per seed -> one of four verdicts. NaN is too noisy."""
     if len(effects) < 2 or not all(map(math.isfinite, effects)):
         return "too noisy to say"
-    mean = statistics.fmean(effects)
-    reach = STUDENT[min(len(effects), len(STUDENT)) - 1] * statistics.stdev(effects) / len(effects) ** 0.5
-    if -worth < mean - reach and mean + reach < worth:
-        return "not seen"
-    if mean - reach > 0:
-        return "agrees"
-    if mean + reach < 0:
-        return "opposite"
-    return "not seen" if mean + reach < worth else "too noisy to say"
+    return decide(statistics.fmean(effects), statistics.stdev(effects), len(effects), worth)
 
 
-def spread(values):
-    """Mean, and ± sample standard deviation where there are several; three digits of the larger. n/a where a seed has none."""
-    if not all(finite(value) for value in values):
-        return "n/a"
-    mean, deviation = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-    largest = max(abs(mean), deviation)
-    digits = min(6, max(0, 2 - math.floor(math.log10(largest)))) if largest > 0 else 0
-    return f"{mean:,.{digits}f}" + (f" ± {deviation:,.{digits}f}" if len(values) > 1 else "")
+def seeds_needed(effects, worth, most=1000):
+    """How many seeds would decide, if mean and deviation stayed as they are; None where they are not known."""
+    if len(effects) < 2 or not all(map(math.isfinite, effects)):
+        return None
+    mean, deviation = statistics.fmean(effects), statistics.stdev(effects)
+    for n in range(len(effects), most):
+        if decide(mean, deviation, n, worth) != "too noisy to say":
+            return n
+    return most
 
 
 def by_seed(claim, rows):
-    """{seed: {arm: figures}} of the seeds that have all arms."""
+    """{seed: {arm: figures}} of the seeds that have all arms measured by any seed, in the claim's order."""
+    arms = [arm for arm in claim["arms"] if arm in {row["arm"] for row in rows}]
+    arms += [row["arm"] for row in rows if row["arm"] not in arms]  # of an earlier protocol
     seeds = {}
     for row in rows:
-        if row["arm"] in claim.arms:
-            seeds.setdefault(row["seed"], {})[row["arm"]] = row["figures"]
-    return {seed: {arm: arms[arm] for arm in claim.arms} for seed, arms in sorted(seeds.items()) if len(arms) == len(claim.arms)}
+        seeds.setdefault(row["seed"], {})[row["arm"]] = row["figures"]
+    complete = {}
+    for seed in sorted(seeds):
+        if set(arms) <= set(seeds[seed]):
+            complete[seed] = {arm: seeds[seed][arm] for arm in arms}
+    return complete
 
 
 def verdicts(claim, rows):
-    """[(statement, effects, verdict)]"""
-    seeds = by_seed(claim, rows)
-    found = []
-    for statement in claim.statements:
-        effects = []
-        for arms in seeds.values():
+    """[(statement, effects, verdict)]; statements on arms that the rows lack, of an earlier protocol, are left out."""
+    result = []
+    for text, values in claim["expects"].items():
+        statement, effects = Statement(text, *values), []
+        for arms in by_seed(claim, rows).values():
             try:
                 effects.append(float(statement.effect(arms)))
             except TypeError:  # a figure is None
                 effects.append(math.nan)
-        found.append((statement, effects, judge(effects, statement.worth)))
-    return found
+            except KeyError:
+                break
+        else:
+            result.append((statement, effects, judge(effects, statement.worth)))
+    return result
 
 
-def finite(value):
-    """A number that is one, or a curve of them."""
-    return all(math.isfinite(y) for _, y in value) if isinstance(value, list) else value is not None and math.isfinite(value)
+# ---------------------------------------------------------------------------- showing
 
 
 def numbers(claim, rows):
-    """{arm: {figure: [a number per seed]}}, arms and figures in their order; curves left out."""
+    """{arm: {figure: [a number per seed]}}, curves left out."""
     table = {}
     for arms in by_seed(claim, rows).values():
         for arm, figures in arms.items():
@@ -338,55 +364,70 @@ def numbers(claim, rows):
     return table
 
 
-def table(claim, rows):
-    """Markdown: a line per arm, a column per figure."""
+def markdown(head, lines):
+    """Rows of cells as a table whose first column is text."""
+    rule = ["---", *["---:"] * (len(head) - 1)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *lines))
+
+
+def table(claim, rows, keys=None):
+    """A line per arm, a column per figure: mean ± deviation over seeds."""
     cells = numbers(claim, rows)
-    keys = list(dict.fromkeys(key for figures in cells.values() for key in figures))
-    lines = [f"| arm | {' | '.join(keys)} |", "| --- |" + " ---: |" * len(keys)]
-    lines += [f"| {arm} | {' | '.join(spread(figures[key]) if key in figures else '' for key in keys)} |" for arm, figures in cells.items()]
-    return "\n".join(lines)
+    keys = keys or list(dict.fromkeys(itertools.chain.from_iterable(cells.values())))
+    lines = []
+    for arm, figures in cells.items():
+        lines.append([arm] + [spread(figures[key]) if key in figures else "" for key in keys])
+    return markdown(["arm", *keys], lines)
 
 
-def told(claim, rows):
-    """The verdicts as lines of text."""
-    return "\n".join(f"{verdict:17} {statement.text}: {spread(effects)} {statement.unit} (n = {len(effects)}; an effect matters from {statement.worth:g})"
-                     for statement, effects, verdict in verdicts(claim, rows))
+def verdict_table(claim, rows):
+    """A line per statement: verdict, and effect ± half its interval."""
+    lines = []
+    for statement, effects, verdict in verdicts(claim, rows):
+        effect, needed = spread(effects), seeds_needed(effects, statement.worth)
+        if len(effects) > 1 and all(map(finite, effects)):
+            effect = plus_minus(statistics.fmean(effects), reach(statistics.stdev(effects), len(effects)))
+        more = f", {needed} seeds would decide" if verdict == "too noisy to say" and needed else ""
+        cells = [statement.text, f"**{verdict}**{more}", f"{effect} {statement.unit}", str(len(effects))]
+        lines.append([*cells, f"{statement.worth:g}"])
+    return markdown(["statement", "verdict", "effect ± interval", "seeds", "matters from"], lines)
 
 
 def draw(path, name, claim, rows):
-    """A panel per figure: each arm's mean, and a dot per seed; then a panel of curves, where there are any."""
-    try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot as plt
-    except ImportError:
-        raise ValueError("matplotlib is not installed; pip install matplotlib") from None
+    """A panel per figure: each arm's mean, and a dot per seed. Then a panel per curve."""
     cells, seeds = numbers(claim, rows), by_seed(claim, rows)
-    keys = claim.shown or list(dict.fromkeys(key for figures in cells.values() for key in figures))[:4]
-    curves = sorted({key for arms in seeds.values() for figures in arms.values() for key in figures if key.startswith("curve")})
-    panels = len(keys) + len(curves)
-    figure, axes = plt.subplots(1, panels, figsize=(1.5 + 3.6 * panels, 1.4 + max(0.34 * len(cells), 2.4)), layout="constrained", squeeze=False)
-    for n, (ax, key) in enumerate(zip(axes[0], keys)):
-        for k, (arm, figures) in enumerate(cells.items()):
-            values = [value for value in figures.get(key, []) if value is not None]
-            ax.plot(values, [k] * len(values), "o", color=f"C{k % 10}", alpha=0.5, markersize=4)
-            if values:
-                ax.plot(statistics.fmean(values), k, "|", color=f"C{k % 10}", markersize=16, markeredgewidth=2.5)
-        ax.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5), title=textwrap.fill(key, 34))
-        ax.set_yticklabels(cells if n == 0 else [])
-        ax.grid(alpha=0.3)
-    for ax, key in zip(axes[0][len(keys):], curves):
-        for k, arm in enumerate(cells):
-            lines = [arms[arm][key] for arms in seeds.values() if arms[arm].get(key)]
-            for line in lines:
-                ax.plot(*zip(*line), color=f"C{k % 10}", linewidth=0.7, alpha=0.4)
-            if lines:  # the runs of an arm share their steps
-                ax.plot([x for x, _ in lines[0]], [statistics.fmean(y) for y in zip(*([y for _, y in line] for line in lines))], ".-", color=f"C{k % 10}",
-                        label=arm)
-        ax.set(xlabel=claim.axes[0], ylabel=claim.axes[1], title=textwrap.fill(key.removeprefix("curve "), 34))
-        if ax.lines:
+    arms = list(seeds.values())
+    keys = list(claim.get("shown") or claim["figures"])[:4]
+    keys = [key for key in keys if not key.startswith("curve")]
+    curves = sorted({key for figures in arms[0].values() for key in figures if key.startswith("curve")})
+    panels, height = len(keys) + len(curves), max(0.34 * len(cells), 2.4)
+    plt = pyplot()
+    size = (1.5 + 3.6 * panels, 1.4 + height)
+    figure, axes = plt.subplots(1, panels, figsize=size, layout="constrained", squeeze=False)
+    for ax, key in zip(axes[0], [*keys, *curves]):
+        for row, arm in enumerate(arms[0]):
+            values = [figures[arm][key] for figures in arms if figures[arm].get(key) is not None]
+            if values and key in curves:
+                draw_curves(ax, values, f"C{row % 10}", arm)
+            elif values:
+                ax.plot(values, [row] * len(values), "o", color=f"C{row % 10}", alpha=0.5, markersize=4)
+                ax.plot(statistics.fmean(values), row, "|", color=f"C{row % 10}", markersize=16, markeredgewidth=2.5)
+        if key in keys:
+            ax.set(yticks=range(len(cells)), ylim=(len(cells) - 0.5, -0.5), yticklabels=[])
+        else:
+            ax.set_xlabel(key.partition(" over ")[2] or "training steps")
             ax.legend(fontsize=7)
+        ax.set_title(textwrap.fill(key.removeprefix("curve "), 34))
         ax.grid(alpha=0.3)
+    axes[0][0].set_yticklabels(arms[0])
     figure.suptitle(f"{name} ({len(seeds)} {'seeds' if len(seeds) > 1 else 'seed'}; bar: mean, dot: seed)")
     figure.savefig(path, dpi=110, format="png")
     plt.close(figure)
+
+
+def draw_curves(ax, lines, color, arm):
+    """Each seed thinly, their mean boldly: the runs of an arm are evaluated at the same steps."""
+    for line in lines:
+        ax.plot(*zip(*line), color=color, linewidth=0.7, alpha=0.4)
+    means = [statistics.fmean(y for _, y in points) for points in zip(*lines)]
+    ax.plot([step for step, _ in lines[0]], means, ".-", color=color, label=arm)

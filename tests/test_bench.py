@@ -1,4 +1,5 @@
-import argparse
+"""benchmarks/bench.py and machine.py: rows, the table by hand, a tiny measurement."""
+
 import json
 import math
 import sys
@@ -8,95 +9,93 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "experiments"))
+sys.path.insert(0, str(ROOT))
 
-import bench
-import machine
+from benchmarks import bench, machine
 
-SPEC = dict(bench="attention", device="cpu", window=4, timed=0, model="vit_demo", size=64, blocks="hybrid", bias=True, fused=False, checkpointing=False)
+SPEC = dict(job="vit", precision="fp32", compiled=False, batch=4, device="cpu", rounds=3, tiny=True, package="timm 1")
+WHERE = dict(processor="a machine", threads=1, torch="2.15.0", commit="abc")
 
 
-def test_a_figure_says_on_what_and_by_which_code_it_was_obtained(monkeypatch):
+def test_a_row_says_on_what_and_by_which_code_it_was_obtained(monkeypatch):
     where = machine.machine("cpu")
-    assert where["torch"] == torch.__version__ and where["threads"] == torch.get_num_threads() and len(where["processor"]) > 2
+    assert where["torch"] == torch.__version__ and where["threads"] == torch.get_num_threads()
+    assert len(where["processor"]) > 2
     monkeypatch.setenv("PATH", "")  # a machine without git
     assert "commit" not in machine.machine("cpu")
 
 
+def test_a_line_that_a_kill_cut_short_does_not_count_and_is_replaced(tmp_path):
+    file = tmp_path / "rows.jsonl"
+    file.write_text('{"a": 1}\n{"a": 2')
+    assert machine.read_rows(file, ["a"]) == [{"a": 1}]
+    machine.append(file, {"a": 3})
+    assert machine.read_rows(file, ["a"]) == [{"a": 1}, {"a": 3}]
+    with pytest.raises(ValueError, match="line 1"):
+        machine.read_rows(file, ["b"])
+
+
+@pytest.mark.parametrize("values, text", [
+    ([1.0, 3.0], "2.00 ± 1.41"), ([1234.5], "1,234"), ([0.5, None], "n/a"), ([], "n/a"), ([0.0], "0"),
+    ([math.nan], "n/a")])
+def test_mean_and_deviation_have_three_digits_of_the_larger(values, text):
+    assert machine.spread(values) == text
+
+
+def test_multiply_adds_are_those_of_a_linear_layer():
+    assert machine.multiply_adds(torch.nn.Linear(10, 7), torch.zeros(4, 10)) == 70
+
+
+def test_the_table_takes_the_median_of_the_ratios_of_each_round():
+    ours = dict(seconds=[1.0, 2.0, 4.0], macs=10e9, params=1, peak_mb=1234.4)
+    peer = dict(seconds=[2.0, 3.0, 2.0], macs=20e9, params=1, failed="does not fit")  # ratios 2, 1.5, 0.5
+    row = {**SPEC, **WHERE, "ours": ours, "peer": peer, "matmul_s": [1.0, 1.0, 1.0], "matmul_flops": 480e9}
+    line = bench.table([row]).splitlines()[2]
+    # 4 images x 2 x 3 x 10 G multiply-adds in 2 s are 120 GFLOP/s, of 480 a quarter
+    assert line == ("| vit | cpu, 1 thread, fp32 | 4 | 2 | 10 | 25% | 1,234 | timm 1 | "
+                    "1.50 (0.50 to 2.00), other work: 20 G | does not fit |")
+
+
+def test_a_job_that_failed_is_a_line_with_the_reason():
+    line = bench.table([{**SPEC, **WHERE, "ours": None, "failed": "does not fit"}]).splitlines()[2]
+    assert line.startswith("| vit | cpu, 1 thread, fp32 | 4 | does not fit |") and line.count("|") == 11
+
+
+def test_time_and_memory_of_a_tiny_step_in_this_process():
+    spec = {**SPEC, "batch": 1, "rounds": 2}
+    result = bench.measure_time({**spec, "sides": ["ours"]})
+    assert len(result["ours"]["seconds"]) == len(result["matmul_s"]) == 2 and result["ours"]["macs"] > 0
+    assert bench.measure_memory({**spec, "side": "ours"})["peak_mb"] >= 0
+
+
 @pytest.mark.slow  # starts processes
-def test_a_variant_is_measured_in_a_process_of_its_own():
-    few, many = (bench.in_new_process({**SPEC, "blocks": "all global", "size": size}) for size in (64, 128))
-    assert few["seconds"] > 0 and few["params"] > 1e6 and few["params"] < many["params"]  # the bias of a larger map
-    tokens = (128 // 4) ** 2
-    assert many["peak_mb"] - few["peak_mb"] > 12 * 3 * tokens**2 * 4 / 2**20  # a matrix of attention for each of 12 blocks and 3 heads
+def test_one_command_measures_writes_and_shows(tmp_path, capsys):
+    file, page = tmp_path / "x.jsonl", tmp_path / "page.md"
+    bench.main(["mae", "--tiny", "--rounds", "1", "--batch-size", "1", "--device", "cpu", "--json", str(file)])
+    row, = machine.read_rows(file, ["ours"])
+    assert row["ours"]["peak_mb"] >= 0 and row["torch"] == torch.__version__
+    page.write_text(f"a\n{bench.MARKS[0]}\n{bench.MARKS[1]}\nb\n")
+    bench.main(["--table", str(file), "--write", str(page)])
+    assert "| mae | cpu" in page.read_text() and page.read_text().startswith("a\n")
 
 
-def test_the_table_takes_medians_over_rounds_and_ratios_to_the_hybrid(capsys):
-    rows = [{**SPEC, "blocks": blocks, "seconds": seconds * k, "peak_mb": 100.0 * k} for k, blocks in enumerate(bench.BLOCKS, start=1) for seconds in (1, 2, 9)]
-    lines = bench.table(rows).splitlines()
-    assert lines[0].startswith("| px | bias | attention | recompute | windows only, MB | hybrid, MB | all global, MB | global / hybrid |")
-    assert lines[2] == "| 64 | yes | explicit | no | 100 | 200 | 300 | 1.50 | 2.0 | 4.0 | 6.0 | 1.50 |"
-    rows[-1] = {**SPEC, "blocks": "all global", "out_of_memory": True}
-    assert "| 100 | 200 | does not fit |  |" in bench.table(rows)
-    assert bench.table(rows[:6]).splitlines()[2] == "| 64 | yes | explicit | no | 100 | 200 |  |  | 2.0 | 4.0 |  |  |"  # not measured
+@pytest.mark.slow  # starts processes
+def test_a_job_that_cannot_run_does_not_end_the_session():
+    assert "failed" in bench.in_new_process({**SPEC, "sides": ["ours"], "device": "no such device"})
 
 
-def test_a_detector_that_does_not_fit_is_said_so_and_mixed_files_are_refused():
-    row = dict(bench="detection", device="cpu", window=14, size=512, detector="A", bias=True, training=True, out_of_memory=True)
-    fits = {**row, "training": False, "out_of_memory": False, "seconds": 1.5, "peak_mb": 9.0, "params": 7}
-    assert bench.table([row, fits]).splitlines()[2] == "| A | 512 | yes | does not fit | does not fit | does not fit | 1.50 |"
-    with pytest.raises(SystemExit, match="several benches"):
-        bench.table([row, SPEC])
-
-
-def test_the_exponent_of_an_exact_power_law_is_found():
-    assert bench.exponent({x: 0.3 * x**1.7 for x in (2, 4, 16, 100)}) == pytest.approx(1.7)
-    assert bench.exponent({2: 5.0, 8: 5.0}) == pytest.approx(0)
-    assert bench.exponent({1: 1.0, 2: 2.0, 4: None, 8: 0.0}) == pytest.approx(1)  # what did not fit or not grow has no logarithm
-    assert math.isnan(bench.exponent({4: 1.0}))
-
-
-SCALING = dict(bench="scaling", device="cpu", threads=1, embed_dim=64, timed=1, objective="vit", **bench.BASE)
-
-
-def test_the_scaling_table_has_a_row_per_axis_with_medians_and_exponents(tmp_path):
-    rows = [{**SCALING, "axis": "depth", "depth": depth, "seconds": depth**2 * noise, "peak_mb": 10.0 * depth} for depth in (4, 2) for noise in (1, 1, 9)]
-    rows += [{**SCALING, "axis": "processes", "processes": n, "seconds": 0.5, "peak_mb": 10.0} for n in (1, 2)]
-    head, _, depth, processes = bench.table(rows).splitlines()
-    assert head == "| objective | width | axis | points | seconds | exponent | MB | exponent | images/s | exponent |"
-    assert depth == "| vit | 64 | depth | 2, 4 | 4, 16 | 2.00 | 20, 40 | 1.00 | 2, 0.5 | -2.00 |"
-    assert processes == "| vit | 64 | processes | 1, 2 | 0.5, 0.5 | 0.00 | 10, 10 | 0.00 | 16, 32 | 1.00 |"
-    rows[0] = {**rows[0], "depth": 8, "out_of_memory": True}
-    del rows[0]["seconds"], rows[0]["peak_mb"]
-    assert "| depth | 2, 4, 8 | 4, 80, does not fit |" in bench.table(rows)
-    pytest.importorskip("matplotlib")
-    bench.draw(tmp_path / "scaling.png", rows)
-    assert (tmp_path / "scaling.png").read_bytes().startswith(b"\x89PNG")
-
-
-@pytest.mark.slow  # starts torchrun
-def test_a_scaling_step_grows_with_its_axis_and_runs_in_two_processes():
-    specs = bench.variants(argparse.Namespace(bench="scaling", device="cpu", timed=1, axes=["depth", "tokens"], objectives=["mae"], embed_dim=64))
-    assert [(s["axis"], s["depth"], s["tokens"]) for s in specs] == [*(("depth", d, 64) for d in (2, 4, 8, 16)), *(("tokens", 4, n) for n in (16, 64, 144, 256))]
-    few, many = (sum(p.numel() for p in bench.scaling_step(spec, torch.device("cpu"))[0].encoder.blocks.parameters()) for spec in specs[:2])
-    assert many == 2 * few
-    measured = bench.in_new_process({**SCALING, "axis": "processes", "processes": 2, "depth": 1, "tokens": 4, "batch": 1})
-    assert measured["seconds"] > 0 and measured["processes"] == 2
-
-
-@pytest.mark.parametrize("arguments, says", [
-    (["scaling", "--embed-dim", "100"], "--embed-dim 100 must be a multiple of 64"),
-    (["scaling", "--rounds", "0"], "--rounds 0 must be at least 1"),
-    (["scaling", "--json", "no/such/folder/x.jsonl"], "no/such/folder"),
-    (["table", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["table", "notes.jsonl"], "notes.jsonl holds no measurements"),
-    (["table", "attention.jsonl", "--plot", "x.png"], "only scaling has a figure"),
-])
-def test_bad_input_is_one_sentence_and_exit_code_2(arguments, says, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("arguments, words", [
+    (["vit", "--rounds", "0"], "--rounds 0"), (["bert"], "bert"), (["--table", "nowhere.jsonl"], "--table"),
+    (["--table", "other.jsonl"], "other.jsonl line 1")])
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, words, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    Path("notes.jsonl").write_text("not json\n")
-    Path("attention.jsonl").write_text(json.dumps({**SPEC, "seconds": 1, "peak_mb": 2}) + "\n")
+    Path("other.jsonl").write_text(json.dumps({"loss": 1}) + "\n")
     with pytest.raises(SystemExit) as stop:
-        bench.main([*arguments, *(["--device", "cpu"] if arguments[0] == "scaling" else [])])
+        bench.main(arguments)
     error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("bench.py: ") and error.endswith("; see --help\n") and error.count("\n") == 1 and says in error
+    assert stop.value.code == 2 and error.startswith("bench.py: ") and error.count("\n") == 1 and words in error
+
+
+def test_the_committed_measurements_of_earlier_programs_are_lines_of_json():
+    for file in (ROOT / "benchmarks" / "results").glob("*.jsonl"):
+        assert machine.read_rows(file, ["bench", "device"])
