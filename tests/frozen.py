@@ -134,9 +134,9 @@ def run_all(repo, style, names):
 
             # record
             if done.returncode:
-                error = done.stderr.strip()[-2000:]
+                error = done.stderr.strip()[-4000:]
                 results[name] = dict(error=error)
-                print(f"{name:10} {seconds:5.1f} s  failed: {error}", flush=True)
+                print(f"{name:10} {seconds:5.1f} s  failed: {error.splitlines()[-1]}", flush=True)
                 continue
             run = Path(folder) / name
             weights, log = weights_hash(run), log_numbers(run)
