@@ -18,7 +18,6 @@ had: data order, augmentation, masks and dropout are functions of (seed, epoch o
 Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
 """
 
-import argparse
 import itertools
 import math
 import os
@@ -28,18 +27,17 @@ import time
 from contextlib import contextmanager, nullcontext
 
 import torch
-from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
-from tqdm import tqdm
 
 from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
-from training.flags import Parser, between, count, refuse
+from training.flags import Parser, between, count, path, refuse
 from training.optim import lr_at, plan_steps
-from training.runs import FREE, Run, Stop, World, choose_folder, saved_flags
+from training.runs import Run, check_folder, same_flags, saved_flags
+from training.world import Stop, World
 
 TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
          "segment": segmentation}
@@ -69,19 +67,14 @@ def fit(args, task, world, run, stop):
     wrapped = torch.compile(learner) if args.compile else learner
     if world.size > 1:
         wrapped = DistributedDataParallel(wrapped, device_ids=world.device_ids)
-    autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=world.bf16(args.precision))
+    autocast = world.autocast(args.precision)
 
     # steps, batches, optimizer
     plan = plan_steps(args, len(data.train), world.size)
-    batches = TrainBatches(len(data.train), plan.batch_size, args.seed, world.rank, world.size)
-    workers = 0 if data.learner else world.workers(args)  # features in memory need no loading
-    loader = make_loader(data.train, batches, workers, world.device, data.collate)
-    val_loader = None
-    if data.val is not None:
-        val_batches = EvalBatches(len(data.val), plan.batch_size, world.rank, world.size, data.smallest)
-        val_loader = make_loader(data.val, val_batches, workers, world.device, data.val_collate)
+    batches, loader, val_loader = make_loaders(args, data, plan, world)
     optimizer = optim.build_optimizer(learner, args)
     sam = args.optimizer == "sam"
+    statistics = optim.batch_statistics(learner)
 
     # where to start: at the beginning, or where the last checkpoint was
     at = run.restore(plan, model=model, optimizer=optimizer, ema=ema)
@@ -92,14 +85,12 @@ def fit(args, task, world, run, stop):
     run.open(data)
 
     learner.train()
-    bad_in_a_row = 0
     for epoch in range(at.epoch, args.epochs):
         first = at.step - epoch * plan.steps_per_epoch
         batches.epoch, batches.start = epoch, first * args.accum
-        stream = iter(loader)
-        clock, waited, images = time.monotonic(), 0.0, 0
-        bar = tqdm(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}", leave=False,
-                   disable=None if world.main else True)
+        stream, clock = iter(loader), time.monotonic()
+        waited, images = 0.0, 0
+        bar = world.progress(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}")
         for _ in bar:
             # learning rate
             lr = lr_at(at.step, plan, args)
@@ -116,37 +107,36 @@ def fit(args, task, world, run, stop):
 
             def closure():
                 nonlocal bad, stopped
-                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # equal dropout in both passes
+                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # SAM: equal dropout twice
                 optimizer.zero_grad()
-                total = 0.0
-                for n, batch in enumerate(window, start=1):
-                    # DDP averages the gradients once per step, in the last backward pass
-                    alone = world.size == 1 or n == len(window)
-                    with nullcontext() if alone else wrapped.no_sync():
-                        with autocast:
-                            loss = task.loss(wrapped, batch, args, data) / len(window)
-                        loss.backward()
-                    total += loss.item()
+                parts = backward(window, wrapped, task, args, data, world, autocast)
+                climbs = sam and not losses  # only the direction of this gradient counts
+                norm = optim.clip_gradients(learner, None if climbs else args.clip_grad)
 
                 # one decision for all ranks: the mean loss, a fault anywhere, a signal anywhere
-                mean, faults, stops = world.sum([total, not math.isfinite(total), stop.signal is not None])
-                losses.append(mean / world.size)
-                bad, stopped = bad or faults > 0, stops > 0
+                *parts, norm = torch.stack([*parts, norm]).tolist()
+                loss = sum(parts)
+                faulty = not math.isfinite(loss + norm)
+                total, faults, stops = world.sum([loss, faulty, stop.signal is not None])
+                losses.append(total / world.size)
+                bad = bad or faults > 0
+                stopped = stops > 0
                 if bad and not sam:
                     optimizer.zero_grad()  # without gradients a step changes nothing
-                elif args.clip_grad and (not sam or len(losses) == 2):  # SAM's first gradient is a direction only
-                    nn.utils.clip_grad_norm_(learner.parameters(), args.clip_grad)
-                return torch.tensor(math.nan if bad else total)
+                return torch.tensor(math.nan if bad else loss)
 
             # step; SAM climbs with each rank's own gradient, and averages the second one only
+            before = [buffer.clone() for buffer in statistics]
             optimizer.step(closure, **({"model": wrapped} if sam else {}))
             bad = bad or sam and optimizer.last["skipped"]
             at.step += 1
             images += len(window) * plan.batch_size * world.size
-            bad_in_a_row = bad_in_a_row + 1 if bad else 0
+            at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
             if bad:
                 at.bad_steps += 1
-                run.report_bad_step(at, lr, gives_up=bad_in_a_row == MAX_BAD_STEPS)
+                for buffer, value in zip(statistics, before):
+                    buffer.copy_(value)
+                run.report_bad_step(at, lr, gives_up=at.bad_in_a_row == MAX_BAD_STEPS)
             else:
                 at.loss_sum += losses[0]
                 at.loss_count += 1
@@ -156,19 +146,26 @@ def fit(args, task, world, run, stop):
             # log, and once in a while save
             if at.step % LOG_EVERY == 0:
                 speed = images / (time.monotonic() - clock)
-                bar.set_postfix(loss=f"{losses[0]:.3f}", lr=f"{lr:.1e}", img_s=f"{speed:.0f}")
-                more = dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
-                run.log(step=at.step, loss=losses[0], lr=lr, img_s=speed, **more)
-            if stopped or run.save_is_due():
+                climbed = dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                run.log(step=at.step, loss=losses[0], lr=lr, img_s=speed, **climbed)
+                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {lr:.1e}")
+            if not bad and (stopped or run.save_is_due()):
                 run.save(at, epoch)
             if stopped:
                 run.exit(stop, at)
 
         # evaluate, log, picture, save
         seconds = time.monotonic() - clock
-        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=at.loss_sum / max(1, at.loss_count),
-                       lr=lr_at(at.step - 1, plan, args), img_s=images / seconds, data_share=waited / seconds,
-                       bad_steps=at.bad_steps)
+        at.line = dict(
+            epoch=epoch + 1,
+            step=at.step,
+            train_loss=at.loss_sum / at.loss_count if at.loss_count else math.nan,
+            lr=lr_at(at.step - 1, plan, args),
+            img_s=images / seconds,
+            data_share=waited / seconds,
+            bad_steps=at.bad_steps,
+            **sources.skipped_images(data),
+        )
         data.final = epoch + 1 == args.epochs
         with evaluating(judged):
             if val_loader is not None and (data.final or (epoch + 1) % args.eval_every == 0):
@@ -180,9 +177,35 @@ def fit(args, task, world, run, stop):
             if world.main and (data.final or not data.learner):
                 task.save_picture(run.folder, model if data.learner else judged, args, data)
         at.loss_sum, at.loss_count = 0.0, 0
-        run.save(at, epoch + 1)
-    run.close()
+        if at.bad_in_a_row == 0:
+            run.save(at, epoch + 1)
+    run.close(at)
     return at.line
+
+
+def backward(window, wrapped, task, args, data, world, autocast):
+    """Gradients of the mean loss over a window of micro-batches -> their shares of it."""
+    losses = []
+    for n, batch in enumerate(window, start=1):
+        # DDP averages the gradients once per step, in the last backward pass
+        alone = world.size == 1 or n == len(window)
+        with nullcontext() if alone else wrapped.no_sync():
+            with autocast:
+                loss = task.loss(wrapped, batch, args, data) / len(window)
+            loss.backward()
+        losses.append(loss.detach())
+    return losses
+
+
+def make_loaders(args, data, plan, world):
+    """-> this rank's share of the training batches, their loader, and the loader for evaluation or None."""
+    workers = 0 if data.learner else world.workers(args)  # features in memory need no loading
+    batches = TrainBatches(len(data.train), plan.batch_size, args.seed, world.rank, world.size)
+    loader = make_loader(data.train, batches, workers, world.device, data.collate)
+    if data.val is None:
+        return batches, loader, None
+    val_batches = EvalBatches(len(data.val), plan.batch_size, world.rank, world.size, data.smallest)
+    return batches, loader, make_loader(data.val, val_batches, workers, world.device, data.val_collate)
 
 
 @contextmanager
@@ -200,17 +223,17 @@ def evaluating(model):
 def parser_for(task):
     """The parser of one task: its own flags, and those of every task."""
     module = TASKS[task]
-    parser = Parser(prog=f"train.py --task {task}", usage="%(prog)s [flags]", description=module.__doc__.split("\n\n")[0])
-    parser.add_argument("--task", default=task, help=argparse.SUPPRESS)
-    module.add_flags(parser.add_argument_group(f"flags of --task {task}").add_argument)
-    optim.optimizer_flags(parser.add_argument_group("optimization").add_argument)
-    run_flags(parser.add_argument_group("the run").add_argument)
+    parser = Parser(prog=f"train.py --task {task}", description=module.__doc__)
+    parser.set_defaults(task=task)
+    module.add_flags(parser.group(f"flags of --task {task}"))
+    optim.optimizer_flags(parser.group("optimization"))
+    run_flags(parser.group("the run"))
     parser.show_defaults(module.DEFAULTS)
     return parser
 
 
 def run_flags(flag):
-    flag("--output-dir", metavar="DIR", help="folder of the run (default: the next free number under runs/)")
+    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under runs/)")
     flag("--resume", action="store_true", help="continue the run in --output-dir")
     flag("--seed", type=between(0, 2**32, int), default=0)
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
@@ -224,50 +247,55 @@ def run_flags(flag):
 
 
 def find_task(argv):
-    """-> (task, the flags of the run that goes on, the command line without --task). Recipes are read here."""
+    """-> (task, the flags of the run that goes on, the rest of the command line). Recipes are read here."""
     early = Parser(add_help=False)
     early.add_argument("--task", choices=tuple(TASKS))
     early.add_argument("--probe", action="store_true")  # --task classify --probe means --task probe
     early.add_argument("--resume", action="store_true")
-    early.add_argument("--output-dir")
+    early.add_argument("--output-dir", type=path)
     given, argv = early.parse_known_args(argv)
-    if given.probe and given.task not in ("classify", "probe"):
-        raise ValueError("--probe goes with --task classify")
-    if given.resume and given.output_dir is None:
-        raise ValueError("--resume needs --output-dir, the folder of the run to continue")
-    task = "probe" if given.probe else given.task
-    saved = saved_flags(given.output_dir) if given.resume else {}
-    if saved and task not in (None, saved["task"]):
-        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; drop it or start a new run")
+    task = given.task
+    saved = {}
+    if given.probe:
+        if task not in ("classify", "probe"):
+            raise ValueError("--probe goes with --task classify")
+        task = "probe"
     if given.output_dir is not None:
         argv += ["--output-dir", given.output_dir]
+
+    # a run that goes on knows its task
     if given.resume:
+        if given.output_dir is None:
+            raise ValueError("--resume needs --output-dir, the folder of the run to continue")
         argv += ["--resume"]
+        saved = saved_flags(given.output_dir)
+    if saved and saved.get("task") not in TASKS:
+        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of {', '.join(TASKS)}")
+    if saved and task not in (None, saved["task"]):
+        raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
 
 
 def parse(argv):
     """-> all flags of the task at hand, checked and completed. ValueError in one sentence."""
     task, saved, argv = find_task(argv)
-    if task is None:  # the default run; another model brings its own sizes
-        sizes = "" if "--model" in argv else DEFAULT_SIZES
-        task, argv = "pretrain", [*shlex.split(f"{DEFAULT_RUN} {sizes}"), *argv]
+    if task is None:  # the default run
+        task = "pretrain"
+        sizes = "" if "--model" in argv else DEFAULT_SIZES  # another model brings its own
+        argv = shlex.split(f"{DEFAULT_RUN} {sizes}") + argv
 
     # the flags of the run that goes on, then those given now
     parser = parser_for(task)
-    args, unknown = parser.parse_known_args([*parser.as_argv(saved), *argv])
+    args, unknown = parser.parse_known_args(parser.as_argv(saved) + argv)
     if unknown:
-        refuse(unknown[0].split("=")[0], task, {name: parser_for(name) for name in TASKS})
+        refuse(unknown[0], task, {name: parser_for(name) for name in TASKS})
 
     # refuse what means nothing beside the other flags, fill in the rest
     args.init_options = saved.get("init_options")
     optim.complete(args, TASKS[task].DEFAULTS)
     sources.complete(args)
     TASKS[task].complete(args)
-    for name in saved.keys() & vars(args).keys():
-        if name not in FREE and saved[name] != getattr(args, name):
-            raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} differs from the run's own {saved[name]}; "
-                             "drop it or start a new run")
+    same_flags(args, saved)
     return args
 
 
@@ -276,35 +304,45 @@ def parse(argv):
 
 def probe_both(args, line, world, stop, folder):
     """After pre-training: what are the features worth, against those of the same encoder before it?"""
-    parser, accuracy = parser_for("probe"), {}
-    kept = {name: value for name, value in vars(args).items() if name in probe.SAME_AS_PRETRAINING}
-    for name, init in (("probe", ["--init", str(folder / "checkpoint.pt")]), ("probe_random", [])):
-        argv = ["--task", "probe", *parser.as_argv(kept), *init]
+    shared = {name: getattr(args, name) for name in probe.SAME_AS_PRETRAINING}
+    accuracy = {}
+    for name in ("probe", "probe_random"):
+        argv = ["--task", "probe", *parser_for("probe").as_argv(shared)]
+        if name == "probe":
+            argv += ["--init", str(folder / "checkpoint.pt")]
         if args.resume:
             argv += ["--resume", "--output-dir", str(folder / name)]
         probe_args = parse(argv)
         run = Run(probe_args, world, folder / name, hint=folder)
         accuracy[name] = fit(probe_args, probe, world, run, stop)["val_acc"]
-    world.say(f"""
-summary
-  loss on hidden patches  {line.get('val_loss', line['train_loss']):.3f}   (predicting the patch mean: {line.get('baseline', math.nan):.3f})
-  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}
-                          {accuracy['probe_random']:.1f} %  same encoder at initialization
-  picture                 {folder / 'reconstruction.png'}""")
+
+    loss = line.get("val_loss", line["train_loss"])
+    baseline = line.get("baseline", math.nan)
+    world.say("summary")
+    world.say(f"  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {baseline:.3f})")
+    world.say(f"  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}")
+    world.say(f"                          {accuracy['probe_random']:.1f} %  same encoder at initialization")
+    world.say(f"  picture                 {folder / 'reconstruction.png'}")
 
 
 def start(args):
     """Train what the flags say -> the last epoch's line of the log."""
     world = World(args.device)
     try:
-        folder = choose_folder(args, world)
+        check_folder(args, world)
+        run = Run(args, world, args.output_dir)
         with Stop() as stop:
-            line = fit(args, TASKS[args.task], world, Run(args, world, folder), stop)
+            line = fit(args, TASKS[args.task], world, run, stop)
             if getattr(args, "then_probe", False):
-                probe_both(args, line, world, stop, folder)
+                probe_both(args, line, world, stop, run.folder)
             else:
-                world.say(f"done: everything is in {folder}/")
+                world.say(f"done: everything is in {run.folder}/")
         return line
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of memory; "
+                         "continue with --resume and fewer --workers") from None
     finally:
         world.close()
 
@@ -323,9 +361,10 @@ def main(argv=None):
     except ValueError as error:
         # an error from a loading process comes as its traceback; the sentence is its last line
         sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        rank = int(os.environ.get("RANK", 0))
-        if rank == 0 or started:  # a bad file may concern one rank alone
-            print(f"train.py: {f'[rank {rank}] ' if rank else ''}{sentence}; see --help", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")
+        if rank == "0" or started:  # a bad file may concern one rank alone
+            where = "" if rank == "0" else f"[rank {rank}] "
+            print(f"train.py: {where}{sentence}; see --help", file=sys.stderr)
         sys.exit(2)
 
 

@@ -62,37 +62,47 @@ class LoadedRun:
         saved = read_checkpoint(path)
         missing = [name for name in ("model", "args", "classes", "mean", "std") if name not in saved]
         if missing:
-            raise ValueError(f"{path} has no {', '.join(missing)}: it is no run of this version of train.py; load its "
-                             "weights with --init or checkpoints.load_pretrained")
-        self.args, self.classes, self.device = Namespace(**saved["args"]), saved["classes"], torch.device(device)
+            raise ValueError(f"{path} has no {', '.join(missing)}: it was not written by this version of train.py; "
+                             "load its weights with --init or checkpoints.load_pretrained")
+        self.args, self.classes = Namespace(**saved["args"]), saved["classes"]
+        self.args.mean, self.args.std = tuple(saved["mean"]), tuple(saved["std"])
+        self.device = torch.device(device)
+
+        # the model, without its data set
         self.task = import_module(f"tasks.{MODULES[self.args.task]}")
-        data = Data(classes=self.classes, mean=tuple(saved["mean"]), std=tuple(saved["std"]), weights=saved["model"])
-        self.args.mean, self.args.std = data.mean, data.std
+        data = Data(classes=self.classes, mean=self.args.mean, std=self.args.std, weights=saved["model"])
         self.model = self.task.build(self.args, data, Silent(self.device))
         self.model.load_state_dict(saved["model"])
         self.model.to(self.device).eval().requires_grad_(False)
-        # a detector resizes and normalizes by itself; segmentation keeps the aspect ratio
-        size = tuple(self.args.img_size)
-        self.transform = augmentation("none", size, data.mean, data.std)
-        if self.args.task == "detect":
-            self.transform = v2.ToDtype(torch.float32, scale=True)
-        if self.args.task == "segment":
-            resize = v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
-            self.transform = v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(data.mean, data.std)])
+        self.transform = evaluation_transform(self.args)
 
     @torch.no_grad()
     def predict(self, images):
         """uint8 tensors (3, H, W) or PIL images, of any size -> a dict per image."""
-        pixels = [image if isinstance(image, torch.Tensor) else v2.functional.pil_to_tensor(image.convert("RGB"))
-                  for image in images]
-        batch = [self.transform(image).to(self.device) for image in pixels]
+        batch = [self.transform(as_tensor(image)).to(self.device) for image in images]
         return self.task.predict(self.model, batch, self.args, self.classes)
 
     def draw(self, image, prediction):
         """A picture of one prediction. image: uint8 (3, H, W) or PIL"""
-        if not isinstance(image, torch.Tensor):
-            image = v2.functional.pil_to_tensor(image.convert("RGB"))
-        return self.task.draw(image, prediction, self.classes)
+        return self.task.draw(as_tensor(image), prediction, self.classes)
+
+
+def as_tensor(image):
+    """PIL or tensor -> uint8 (3, H, W)"""
+    if isinstance(image, torch.Tensor):
+        return image
+    return v2.functional.pil_to_tensor(image.convert("RGB"))
+
+
+def evaluation_transform(args):
+    """uint8 image -> what the model takes. A detector resizes and normalizes by itself."""
+    size, to_float = tuple(args.img_size), v2.ToDtype(torch.float32, scale=True)
+    if args.task == "detect":
+        return to_float
+    if args.task == "segment":  # keeps the aspect ratio
+        resize = v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
+        return v2.Compose([resize, to_float, v2.Normalize(args.mean, args.std)])
+    return augmentation("none", size, args.mean, args.std)
 
 
 class Silent:

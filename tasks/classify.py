@@ -46,9 +46,10 @@ def complete(args):
     complete_encoder(args)
     if args.attack_eps is not None and not (args.adversarial or args.eval_pgd):
         raise ValueError(f"--attack-eps {args.attack_eps:g} acts with --adversarial or --eval-pgd only; drop it")
-    args.attack_eps = args.attack_eps or 4.0
-    if args.attack_eps > 255:
-        raise ValueError(f"--attack-eps {args.attack_eps:g} is in 255ths of a pixel's range, at most 255; try 4")
+    if args.adversarial or args.eval_pgd:
+        args.attack_eps = args.attack_eps or 4.0
+        if args.attack_eps > 255:
+            raise ValueError(f"--attack-eps {args.attack_eps:g} is in 255ths of a pixel's range, at most 255; try 4")
     if args.adversarial and args.augment == "strong":
         raise ValueError("--augment strong erases with noise beyond the range of a pixel, within which --adversarial "
                          "moves; take --augment inception")

@@ -15,12 +15,12 @@ from data import as_lists
 from detect import NORMS, init_as_beit, vit_mask_rcnn
 from tasks import Data
 from training import encoders, pictures, sources
-from training.flags import between, count
+from training.flags import between
 
 DEFAULTS = dict(epochs=6, batch_size=4, blr=0.064, beta2=0.999, warmup_epochs=0.25, clip_grad=1.0, layer_decay=1.0)
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
-SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2, rpn_batch_size_per_image=64,
-                   rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300,
+SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2,
+                   rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300,
                    rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
 METRICS = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall")
 
@@ -56,7 +56,8 @@ def complete(args):
     if (args.init_options.get("rel_pos_bias")) and args.no_rel_pos:
         raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; drop "
                          "that flag")
-    args.global_blocks = args.global_blocks or "quarters"
+    if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or "quarters"
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0]
 
@@ -141,9 +142,20 @@ def build_detector(encoder, args, data):
         sides = [max(4, size * 2**k // 32) for k in range(levels)]
         heads["anchor_sizes"] = [(side, round(side * 2**0.5)) if square else (side,) for side in sides]
     return vit_mask_rcnn(
-        encoder, len(data.classes), size, (args.window_size or [14])[0], args.global_blocks, args.pyramid or "taps",
-        not args.no_rel_pos, bool(args.checkpointing), args.norm, canonical_scale=size * 7 // 8 if small else 224,
-        image_mean=data.mean, image_std=data.std, **heads)
+        encoder,
+        len(data.classes),
+        img_size=size,
+        window_size=args.window_size[0] if args.window_size else 14,
+        global_blocks=args.global_blocks or "quarters",
+        pyramid=args.pyramid or "taps",
+        rel_pos_bias=not args.no_rel_pos,
+        checkpointing=bool(args.checkpointing),
+        norm=args.norm,
+        canonical_scale=size * 7 // 8 if small else 224,
+        image_mean=data.mean,
+        image_std=data.std,
+        **heads,
+    )
 
 
 def describe_positions(pyramid, args, world):
@@ -179,11 +191,12 @@ def save_picture(folder, model, args, data, rows=6, threshold=0.5):
     names = ["", *map(str, data.classes)]
     truth, detected = [], []
     for image, target in pictures.spread(data.val, rows):
-        out = {name: value.cpu() for name, value in model([image.to(device)])[0].items()}
+        boxes, labels, masks = target["boxes"], target["labels"], target["masks"].bool()
+        truth.append(coco.draw_objects(image, boxes, labels, masks, names, "white"))
+        out = model([image.to(device)])[0]
         keep = out["scores"] > threshold
-        truth.append(coco.draw_objects(image, target["boxes"], target["labels"], target["masks"].bool(), names, "white"))
-        detected.append(coco.draw_objects(image, out["boxes"][keep], out["labels"][keep],
-                                          out["masks"][keep, 0] > 0.5, names, "yellow"))
+        boxes, labels, masks = (out[name][keep].cpu() for name in ("boxes", "labels", "masks"))
+        detected.append(coco.draw_objects(image, boxes, labels, masks[:, 0] > 0.5, names, "yellow"))
     pictures.save_grid(folder / "detections.png", {"truth": truth, f"score above {threshold:g}": detected})
 
 
@@ -193,15 +206,17 @@ def predict(model, images, args, classes, threshold=0.05):
     results = []
     for out in model(images):
         objects = []
-        for box, label, score, pixels in zip(out["boxes"].tolist(), out["labels"].tolist(), out["scores"].tolist(),
-                                             out["masks"].cpu()):
-            if score < threshold:
-                continue
-            x1, y1, x2, y2 = box
-            rle = coco.encode(mask, pixels[0] > 0.5)
-            segmentation = dict(size=list(map(int, rle["size"])), counts=rle["counts"].decode())
-            objects.append({"class": str(classes[label - 1]), "label": label, "score": score,
-                            "bbox": [x1, y1, x2 - x1, y2 - y1], "segmentation": segmentation})
+        for k in torch.nonzero(out["scores"] >= threshold).flatten().tolist():
+            label = out["labels"][k].item()
+            x1, y1, x2, y2 = out["boxes"][k].tolist()
+            rle = coco.encode(mask, out["masks"][k, 0] > 0.5)
+            objects.append({
+                "class": str(classes[label - 1]),
+                "label": label,
+                "score": out["scores"][k].item(),
+                "bbox": [x1, y1, x2 - x1, y2 - y1],
+                "segmentation": dict(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode()),
+            })
         results.append(dict(objects=objects))
     return results
 

@@ -9,6 +9,7 @@ import base64
 import math
 
 import torch
+from torch.utils.data import default_collate
 
 from data import Images, augmentation
 from mae import MAE
@@ -55,36 +56,43 @@ def complete(args):
     encoders.inherit(args, "mixmim_demo" if mixmim else "vit_demo")
     if encoders.is_vit(args) and mixmim:
         args.class_token = False
-    kinds = (encoders.vit.ViT, encoders.hierarchical.HierarchicalViT) if mixmim else (encoders.vit.ViT,)
-    if encoders.MODELS[args.model][0] not in kinds:
-        raise ValueError(f"--model {args.model} does not fit --method {args.method}, which takes "
-                         f"{' or '.join(kind.__name__ for kind in kinds)}; see --help for the presets")
+    if not encoders.is_vit(args) and not (mixmim and encoders.is_hierarchical(args)):
+        raise ValueError(f"--model {args.model} does not fit --method {args.method}: mae and mirl take a plain ViT, "
+                         "mixmim a plain or a hierarchical one")
     encoder = encoders.complete(args)
 
     # the mask
-    args.mask_ratio = args.mask_ratio if args.mask_ratio is not None else 0.5 if mixmim else 0.75
-    places = math.prod(side // args.stride for side in args.img_size)
+    if args.mask_ratio is None:
+        args.mask_ratio = 0.5 if mixmim else 0.75
     if mixmim:
-        mix_mask(torch.zeros(places), args.mask_ratio)  # raises where nothing or everything would be hidden
+        mix_mask(torch.zeros(num_places(args)), args.mask_ratio)  # raises where nothing or everything would be hidden
         check_mixing(args)
     else:
-        num_visible(places, args.mask_ratio)
+        num_visible(num_places(args), args.mask_ratio)
 
     # the decoders, and whether the method takes its options
+    two_thirds = 32 * round(encoder.num_features * 2 / 3 / 32)
+    args.decoder_embed_dim = args.decoder_embed_dim or max(32, two_thirds)
     args.decoder_depth = args.decoder_depth or 1
-    args.decoder_embed_dim = args.decoder_embed_dim or max(32, round(encoder.num_features * 2 / 3 / 32) * 32)
     args.decoder_num_heads = args.decoder_num_heads or max(1, args.decoder_embed_dim // 32)
     if args.method == "mirl" and args.segments is None:
-        args.segments = next((k for k in (6, 4, 2) if args.depth % k == 0), 2)
+        fitting = [k for k in (6, 4, 2) if args.depth % k == 0]
+        args.segments = fitting[0] if fitting else 2
     with torch.device("meta"):
         METHODS[args.method](encoder, **method_options(args))
-    args.augment = args.augment or ("padcrop" if max(args.img_size) <= 64 else "mae")
+    if args.augment is None:
+        args.augment = "padcrop" if max(args.img_size) <= 64 else "mae"
 
 
 def method_options(args):
     """The arguments of the method's constructor."""
     kinds = {f"--method {name}": kind for name, kind in METHODS.items()}
     return encoders.options_for(METHODS[args.method], args, OPTIONS, kinds, FLAGS.items())
+
+
+def num_places(args):
+    """Patches of an image; of a hierarchical encoder those of its last stage. A random number for each makes the mask."""
+    return math.prod(side // args.stride for side in args.img_size)
 
 
 def check_mixing(args):
@@ -102,14 +110,12 @@ def open_data(args, world):
     if found.val is not None and len(found.val_indices) < needed * world.size:
         raise ValueError(f"the validation set has {len(found.val_indices)} images for {world.size} processes, but each "
                          "needs two, to mix them; add images or leave the set out")
-    # every sample comes with a random number per patch, from which the mask is made
-    noise = math.prod(side // args.stride for side in args.img_size)
     transform = augmentation(args.augment, args.img_size, found.mean, found.std)
-    train = Images(found.train, transform, args.seed, found.indices, noise)
+    train = Images(found.train, transform, args.seed, found.indices, num_places(args))
     val = None
     if found.val is not None:
         plain = augmentation("none", args.img_size, found.mean, found.std)
-        val = Images(found.val, plain, args.seed, found.val_indices, noise)
+        val = Images(found.val, plain, args.seed, found.val_indices, num_places(args))
     return Data(train, val, list(found.train.classes), found.mean, found.std, smallest=needed)
 
 
@@ -146,19 +152,19 @@ def save_picture(folder, model, args, data, rows=6, behind=8):
     Of rows x behind images every `behind`-th is drawn; all of them center MIRL's residual.
     """
     source = data.val or data.train
-    samples = pictures.spread(source, rows * behind)
+    images, _, noise = default_collate(pictures.spread(source, rows * behind))
     device = next(model.parameters()).device
-    images, noise = (torch.stack([sample[k] for sample in samples]).to(device) for k in (0, 2))
-    columns = reconstructions(model, images, args, data.mean, data.std, noise)
-    every = max(1, len(samples) // rows)
-    pictures.save_grid(folder / "reconstruction.png", {name: v[::every][:rows] for name, v in columns.items()})
+    columns = reconstructions(model, images.to(device), args, data.mean, data.std, noise.to(device))
+    every = max(1, len(images) // rows)
+    shown = {name: column[::every][:rows] for name, column in columns.items()}
+    pictures.save_grid(folder / "reconstruction.png", shown)
 
 
-def reconstructions(model, images, args, mean, std, noise=None):
+def reconstructions(model, images, args, mean, std, noise):
     """{caption: (B, 3, H, W) in [0, 1]}: what the model saw and what it predicts."""
-    mean, std = (torch.tensor(value, device=images.device).view(-1, 1, 1) for value in (mean, std))
-    noise = noise if noise is None else mask_noise(noise, args)
-    columns = model.pictures(images, args.mask_ratio, noise, gray=(0.5 - mean) / std)
+    mean = torch.tensor(mean, device=images.device).view(-1, 1, 1)
+    std = torch.tensor(std, device=images.device).view(-1, 1, 1)
+    columns = model.pictures(images, args.mask_ratio, mask_noise(noise, args), gray=(0.5 - mean) / std)
     return {name: (column * std + mean).clamp(0, 1).cpu() for name, column in columns.items()}
 
 
@@ -167,14 +173,15 @@ def predict(model, images, args, classes):
     batch = torch.stack(images)
     if len(batch) == 1:  # MixMIM and MIRL's centering need a second image; a mirrored copy serves
         batch = torch.cat([batch, batch.flip(-1)])
-    noise = torch.rand(math.prod(side // args.stride for side in args.img_size), generator=torch.Generator().manual_seed(0))
+    noise = torch.rand(num_places(args), generator=torch.Generator().manual_seed(0))  # the same mask for all
     noise = noise.to(batch.device).expand(len(batch), -1)
     columns = reconstructions(model, batch, args, args.mean, args.std, noise)
     results = []
     for i in range(len(images)):
-        loss = model(batch[[i, i - 1]], args.mask_ratio, mask_noise(noise[:2], args)).loss.item()
-        grid = pictures.grid_png({name: column[i:i + 1] for name, column in columns.items()})
-        results.append(dict(loss=loss, picture=base64.b64encode(grid).decode()))
+        pair = batch[[i, i - 1]]
+        loss = model(pair, args.mask_ratio, mask_noise(noise[:2], args)).loss.item()
+        row = {name: column[i:i + 1] for name, column in columns.items()}
+        results.append(dict(loss=loss, picture=base64.b64encode(pictures.grid_png(row)).decode()))
     return results
 
 

@@ -20,8 +20,9 @@ from tasks.classify import draw, evaluate, predict  # noqa: F401  the same as th
 from training import encoders, sources
 
 DEFAULTS = dict(epochs=50, batch_size=256, blr=0.2, weight_decay=0.0, beta2=0.999)
-SAME_AS_PRETRAINING = ("data", "data_path", "data_size", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers",
-                       "device", "precision", "model", *encoders.SIZES, "img_size")  # in the default run
+SAME_AS_PRETRAINING = (  # the flags that the default run hands on
+    "data", "data_path", "data_size", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers", "device",
+    "precision", "model", "img_size", *encoders.SIZES)
 
 
 def add_flags(flag):
@@ -49,6 +50,7 @@ def open_data(args, world):
 def build(args, data, world):
     """The frozen encoder and a head; the sets in `data` become sets of features."""
     encoder = classify.build_encoder(args, data, world).requires_grad_(False)
+    encoder.reset_classifier(len(data.classes))
     head = nn.Linear(encoder.num_features, len(data.classes))
     nn.init.trunc_normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
@@ -96,7 +98,7 @@ def features(encoder, images, args, world):
     columns, labels = [torch.empty(0, encoder.num_features)], [torch.empty(0, dtype=torch.long)]
     loader = make_loader(images, batches, world.workers(args), world.device)
     for batch, label, _ in tqdm(loader, "features", leave=False, disable=None if world.main else True):
-        with torch.autocast(world.device.type, torch.bfloat16, enabled=world.bf16(args.precision)):
+        with world.autocast(args.precision):
             columns.append(encoder(batch.to(world.device)).float().cpu())
         labels.append(label)
     encoder.head = head

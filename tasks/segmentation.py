@@ -16,7 +16,7 @@ from semantic import Segmentations, open_semantic
 from tasks import Data
 from tasks.detection import (add_dense_flags, build_encoder, complete_dense, describe_positions, split_scenes,
                              synchronized)
-from training import pictures
+from training import encoders, pictures
 from training.flags import count
 
 DEFAULTS = dict(epochs=6, batch_size=16, blr=0.016, beta2=0.999, clip_grad=1.0, schedule="linear", layer_decay=1.0)
@@ -31,7 +31,8 @@ def add_flags(flag):
 
 def complete(args):
     complete_dense(args, img_size=[64], patch_size=8)
-    args.global_blocks = args.global_blocks or "all"
+    if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or "all"
     args.channels = args.channels or (64 if args.heads == "small" else 512)
     if args.norm == "batch" and args.batch_size == 1:
         raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; take "
@@ -48,9 +49,11 @@ def complete(args):
 
 def open_data(args, world):
     size = tuple(args.img_size)
-    options = dict(img_size=size, size=args.data_size)
-    source = open_semantic(args.data, args.data_path, True, **options)
-    found = split_scenes(args, source, None if args.eval_train else open_semantic(args.data, args.data_path, False, **options))
+    source = open_semantic(args.data, args.data_path, True, size, args.data_size)
+    held_out = None
+    if not args.eval_train:
+        held_out = open_semantic(args.data, args.data_path, False, size, args.data_size)
+    found = split_scenes(args, source, held_out)
     jitter = None if args.jitter in (None, [0, 0]) else args.jitter
     train = Segmentations(found.train, size, jitter is not None, seed=args.seed, indices=found.indices,
                           scale_range=jitter or (1.0, 1.0))
@@ -62,10 +65,18 @@ def open_data(args, world):
 
 def build(args, data, world):
     encoder = build_encoder(args, data, world)
-    window = (args.window_size or [14])[0]
-    model = UperNet(encoder, len(data.classes), args.channels, min(256, args.channels), args.norm, window_size=window,
-                    global_blocks=args.global_blocks, pyramid=args.pyramid or "taps", checkpointing=bool(args.checkpointing),
-                    img_size=tuple(args.img_size))
+    model = UperNet(
+        encoder,
+        len(data.classes),
+        channels=args.channels,
+        aux_channels=min(256, args.channels),
+        norm=args.norm,
+        window_size=args.window_size[0] if args.window_size else 14,
+        global_blocks=args.global_blocks or "all",
+        pyramid=args.pyramid or "taps",
+        checkpointing=bool(args.checkpointing),
+        img_size=tuple(args.img_size),
+    )
     describe_positions(model.pyramid, args, world)
     return synchronized(model, world)
 

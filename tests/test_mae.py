@@ -144,8 +144,6 @@ def test_images_of_another_size_and_wrong_noise_are_refused():
         tiny()(images(size=(24, 24)))
     with pytest.raises(ValueError, match=r"noise \(3, 23\)"):
         tiny()(images(), noise=noise(n=23))
-    with pytest.raises(ValueError, match=r"in_chans"):
-        tiny()(images(channels=1))
 
 
 # ---------------------------------------------------------------------------- pictures

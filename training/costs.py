@@ -119,7 +119,8 @@ def dry_run(args, task, world):
 def check_installation():
     """Versions, device, and whether torch and torchvision were built for each other."""
     device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    print(f"python {sys.version.split()[0]}, torch {torch.__version__}, torchvision {torchvision.__version__}, device {device}")
+    versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+    print(f"python {sys.version.split()[0]}, {versions}, device {device}")
     boxes = torch.tensor([[0.0, 0, 2, 2], [0, 0, 2, 2.1]])
     try:
         kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.5)

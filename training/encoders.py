@@ -19,7 +19,7 @@ import mixer
 import resnet
 import vit
 from checkpoints import encoder_options, load_pretrained, read_checkpoint
-from training.flags import between, count
+from training.flags import between, count, path
 
 PRESETS = {vit.ViT: vit.PRESETS, hierarchical.HierarchicalViT: hierarchical.PRESETS, mixer.Mixer: mixer.PRESETS,
            resnet.ResNet: resnet.PRESETS}
@@ -46,7 +46,7 @@ def encoder_flags(flag, init=True):
     flag("--drop-path", type=between(0, 1), help="stochastic depth of the last block")
     flag("--checkpointing", **switch, help="recompute activations: less memory, more time")
     if init:
-        flag("--init", metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL, MixMIM")
+        flag("--init", type=path, metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL, MixMIM")
 
 
 def is_vit(args):
@@ -123,9 +123,10 @@ def inherit(args, default_model="vit_demo", **defaults):
 def take_over(args, saved):
     """A checkpoint of ours: what the flags leave open is the file's; what they contradict is an error."""
     values = {name: saved.get(name) or None for name in ("model", *SIZES)}
-    # none of our own MixMIM encoders has a class token; older files do not say so
-    without = saved.get("class_token") is False or saved.get("method") == "mixmim" and saved.get("model") in vit.PRESETS
-    values["class_token"] = False if without else None
+    # a ViT pre-trained by MixMIM has no class token; older files do not say so
+    by_mixmim = saved.get("method") == "mixmim" and saved.get("model") in vit.PRESETS
+    if by_mixmim or saved.get("class_token") is False:
+        values["class_token"] = False
     for name, value in values.items():
         given = getattr(args, name)
         if given is None:

@@ -6,7 +6,13 @@ Needs: nothing but Python.
 import argparse
 import difflib
 import math
+import os
 import shlex
+
+
+def path(text):
+    """A file or folder; ~ is the home folder."""
+    return os.path.expanduser(text)
 
 
 def count(text):
@@ -43,13 +49,20 @@ class Parser(argparse.ArgumentParser):
     """argparse with recipes (@FILE: several flags a line, # comments); a mistake is a ValueError."""
 
     def __init__(self, **options):
-        super().__init__(fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=Help, **options)
+        if "description" in options:
+            options["description"] = options["description"].split("\n\n")[0]  # a module's first sentences
+        super().__init__(fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=Help, usage="%(prog)s [flags]",
+                         **options)
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
 
     def error(self, message):
         raise ValueError(message)
+
+    def group(self, title):
+        """-> add_argument of a new group."""
+        return self.add_argument_group(title).add_argument
 
     def show_defaults(self, defaults):
         """They stand in --help but are filled in later, by the one who must know which flags were given."""
@@ -97,8 +110,9 @@ class Help(argparse.HelpFormatter):
         return f"{text} (default: %(default)s)"
 
 
-def refuse(name, task, parsers):
+def refuse(word, task, parsers):
     """Why a flag is unknown: it belongs to other tasks, or it is misspelled. parsers: {task: Parser}"""
+    name = word.split("=")[0]
     owners = [other for other, parser in parsers.items() if name in parser.flags()]
     if owners:
         raise ValueError(f"{name} belongs to --task {' or '.join(owners)}, not to --task {task}; drop it")

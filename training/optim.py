@@ -8,11 +8,13 @@
 Needs: torch; sam.py.
 """
 
+import itertools
 import math
 import re
 from typing import NamedTuple
 
 import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sam import SAM
 from training.flags import between, count, positive
@@ -150,6 +152,36 @@ def build_optimizer(model, args):
     if args.optimizer == "sam":
         return SAM(groups, kind, rho=args.rho, adaptive=bool(args.adaptive), **options)
     return kind(groups, **options)
+
+
+def check_state(optimizer, state):
+    """ValueError where a saved state does not fit: torch loads any shape, and fused kernels then write out of bounds."""
+    for now, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
+        if {**now, "lr": 0} != {**saved, "lr": 0}:
+            raise ValueError("other settings of the optimizer")
+    params = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            if not isinstance(value, torch.Tensor):
+                continue
+            fits = value.numel() == 1 or value.shape == params[index].shape and 0 not in value.stride()
+            if not fits or value.layout != torch.strided or not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} has another shape or is not finite")
+
+
+def clip_gradients(learner, limit):
+    """Scale the gradients to a norm of at most `limit`, if there is one -> their norm."""
+    grads = [p.grad for p in learner.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if limit is not None and norm.isfinite():
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters(), limit, norm)
+    return norm
+
+
+def batch_statistics(model):
+    """The buffers of BatchNorm, which move in the forward pass: a step that must not count has to put them back."""
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    return list(itertools.chain.from_iterable(layer.buffers() for layer in layers))
 
 
 def ema_update(decay):

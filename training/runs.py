@@ -1,222 +1,169 @@
-"""Runs: ranks, a folder, a log, a checkpoint, and how to continue after a kill at any moment.
+"""Runs: a folder, a log, a checkpoint, and how to continue after a kill at any moment.
 
 Nothing here knows what is trained. Data order and all random draws are functions of (seed, epoch or
 step, index), so the position of a run, its model and its optimizer are all there is to save:
 
     args.json        the flags, written once at the start
-    log.jsonl        a line per logged step and per epoch
+    log.jsonl        a line per logged step and per epoch; locked while the run goes on
     checkpoint.pt    written beside the old one, then renamed: a kill or a full disk leaves the old one whole
 
 Lines of the log after the last checkpoint are cut off on resuming, and written again.
 
-Needs: torch, tqdm; checkpoints.py.
+Needs: torch; checkpoints.py.
 """
 
+import contextlib
 import itertools
 import json
 import math
 import os
 import signal
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-import torch.distributed as dist
-from tqdm import tqdm
 
 from checkpoints import read_checkpoint
+from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
 FREE = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when a run is resumed
 
 
-# ---------------------------------------------------------------------------- processes
-
-
-class World:
-    """Device and ranks: one path for one process and for torchrun."""
-
-    def __init__(self, device="auto"):
-        self.rank, self.size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-        usable = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-        kind = device
-        if kind == "auto":
-            kind = next(name for name in usable if usable[name])
-        if not usable[kind]:
-            raise ValueError(f"--device {kind} is not available here; try --device cpu")
-        self.device = torch.device(kind)
-        if kind == "cuda":
-            self.device = torch.device(kind, int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(self.device)
-            torch.set_float32_matmul_precision("high")
-        self.main = self.rank == 0
-        self.device_ids = [self.device.index] if kind == "cuda" else None  # as DDP wants them
-        self.grouped = self.size > 1 and not dist.is_initialized()
-        if self.grouped:
-            dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-
-    def bf16(self, precision):
-        """auto: where the GPU computes in bf16."""
-        if precision == "auto":
-            return self.device.type == "cuda" and torch.cuda.get_device_capability()[0] >= 8
-        return precision == "bf16"
-
-    def workers(self, args):
-        """Loading processes."""
-        if args.workers is not None:
-            return args.workers
-        return min(8, os.cpu_count() or 1) if self.device.type == "cuda" else 0
-
-    def move(self, batch):
-        """Tensors, also those in lists and dicts, to the device."""
-        if isinstance(batch, torch.Tensor):
-            return batch.to(self.device, non_blocking=True)
-        if isinstance(batch, dict):
-            return {key: self.move(value) for key, value in batch.items()}
-        if isinstance(batch, (list, tuple)):
-            return [self.move(value) for value in batch]
-        return batch
-
-    def sum(self, numbers):
-        """Add up a list of numbers over all ranks."""
-        if self.size == 1:
-            return list(numbers)
-        total = torch.tensor([float(number) for number in numbers], dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
-
-    def gather(self, value):
-        """The (picklable) value of each rank, as a list; also a barrier."""
-        values = [value]
-        if self.size > 1:
-            values = [None] * self.size
-            dist.all_gather_object(values, value)
-        return values
-
-    def share(self, tensors):
-        """Rank 0's values for all."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.broadcast(tensor, 0)
-
-    def say(self, text):
-        if self.main:
-            tqdm.write(text)
-            sys.stdout.flush()
-
-    def close(self):
-        if self.grouped:
-            dist.destroy_process_group()
-
-
-class Stop:
-    """SIGTERM and Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
-
-    def __init__(self):
-        self.signal = None
-
-    def __enter__(self):
-        self.before = {number: signal.signal(number, self.request) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def request(self, number, frame):
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.signal = number
-
-    def __exit__(self, *_):
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-
-# ---------------------------------------------------------------------------- the folder of a run
+# ---------------------------------------------------------------------------- flags of an earlier run
 
 
 def saved_flags(folder):
-    """args.json of a run's folder, or {} where there is none."""
-    path = Path(folder) / "args.json"
-    if not path.exists():
-        return {}
+    """The flags of the run in a folder: of args.json, else of its checkpoint; {} where there is no run."""
+    path, checkpoint = Path(folder) / "args.json", Path(folder) / "checkpoint.pt"
+    flags = None
     try:
-        flags = json.loads(path.read_text())
-    except ValueError:
-        flags = None
-    if not isinstance(flags, dict) or "task" not in flags:
-        raise ValueError(f"{path} does not hold the flags of a run; restore it or start anew in another folder")
+        if path.is_file():
+            flags = json.loads(path.read_text())
+        elif checkpoint.is_file():
+            flags = read_checkpoint(checkpoint).get("args")
+        else:
+            return {}
+    except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
+        if not checkpoint.is_file():  # nothing was trained yet
+            return {}
+    if not isinstance(flags, dict) or not isinstance(flags.get("init_options"), dict | None):
+        raise ValueError(f"{path} does not hold the flags of a run; remove it if checkpoint.pt is there, or start anew "
+                         "in another folder")
     return flags
 
 
-def choose_folder(args, world):
-    """--output-dir, or the next free number under runs/. It is checked here and made later."""
+def same_flags(args, saved, source="the run's own"):
+    """ValueError where a flag contradicts the run that goes on."""
+    for name, value in vars(args).items():
+        if name in saved and name not in FREE and value != saved[name]:
+            raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or start a "
+                             "new run")
+
+
+def check_folder(args, world):
+    """--output-dir may hold a run only if it is resumed. The folder is made later."""
     if args.output_dir is None:
-        numbered = (Path("runs") / f"{n:04d}" for n in itertools.count(1))
-        return world.gather(next(path for path in numbered if not path.exists()))[0]  # rank 0's choice
+        return
     folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"--output-dir {folder} is a file, not a folder")
-    taken = [name for name in RUN_FILES if (folder / name).exists()]
+    try:
+        if folder.exists() and not folder.is_dir():
+            raise ValueError(f"--output-dir {folder} is a file, not a folder")
+        taken = [name for name in RUN_FILES if (folder / name).exists()]
+    except OSError as error:
+        raise ValueError(f"--output-dir {str(folder)[:80]} cannot be used: {error.strerror}") from None
     if taken and not args.resume:
         raise ValueError(f"--output-dir {folder} already holds a run ({taken[0]}); choose another folder or add --resume")
+    if args.resume and not taken:
+        world.say(f"no run in {folder} yet: this one starts there")
     world.gather(None)  # no rank creates it before every rank has looked
-    return folder
+
+
+# ---------------------------------------------------------------------------- the run
 
 
 class Run:
     """The folder of one run: args.json, log.jsonl, checkpoint.pt. Only rank 0 writes.
 
-    hint  the folder that --resume should name; that of the whole run where this is a part of it
+    folder  None: the next free number under runs/, taken when the run starts
+    hint    what --resume should name; the folder of the whole run where this is a part of it
     """
 
-    def __init__(self, args, world, folder, hint=None):
-        self.args, self.world, self.folder, self.hint = args, world, folder, hint or folder
-        self.path, self.file = folder / "checkpoint.pt", None
-        self.saved = read_checkpoint(self.path) if args.resume and self.path.exists() else None
+    def __init__(self, args, world, folder=None, hint=None):
+        self.args, self.world, self.hint, self.file = args, world, hint, None
+        self.folder = None if folder is None else Path(folder)
+        self.saved = None
+        if args.resume and (self.folder / "checkpoint.pt").is_file():
+            self.saved = read_checkpoint(self.folder / "checkpoint.pt")
+            if isinstance(self.saved.get("args"), dict):
+                same_flags(args, self.saved["args"], "its checkpoint's")
 
     @property
     def weights(self):
         """The saved model, for build: None at a fresh start."""
-        return None if self.saved is None else self.saved["model"]
+        return None if self.saved is None else self.saved.get("model")
 
-    def restore(self, plan, **parts):
-        """Load the saved parts (model, optimizer, ema) if there are any -> the position to start from."""
-        self.parts, self.plan = parts, plan
-        at = SimpleNamespace(epoch=0, step=0, loss_sum=0.0, loss_count=0, bad_steps=0, line={})
+    def restore(self, plan, optimizer, **parts):
+        """Load model, optimizer and ema if they were saved -> the position to start from."""
+        self.parts, self.plan = dict(parts, optimizer=optimizer), plan
         if self.saved is None:
-            return at
+            return SimpleNamespace(epoch=0, step=0, loss_sum=0.0, loss_count=0, bad_steps=0, bad_in_a_row=0, line={})
 
         # the same run: as many steps on as many processes
-        before = self.saved.get("total_steps"), self.saved.get("processes")
+        path, saved = self.folder / "checkpoint.pt", self.saved
+        before = saved.get("total_steps"), saved.get("processes")
         if before != (plan.total_steps, self.world.size):
-            raise ValueError(f"{self.path} is of a run of {before[0]} steps on {before[1]} processes, this one has "
+            raise ValueError(f"{path} is of a run of {before[0]} steps on {before[1]} processes, this one has "
                              f"{plan.total_steps} on {self.world.size}; resume with as many processes and images")
         try:
-            for name, part in parts.items():
+            check_state(optimizer, saved["optimizer"])
+            for name, part in self.parts.items():
                 if part is not None:
-                    part.load_state_dict(self.saved[name])
-            at = SimpleNamespace(**self.saved["at"])
-        except (KeyError, RuntimeError, ValueError, TypeError) as error:
+                    part.load_state_dict(saved[name])
+            at = SimpleNamespace(**saved["at"])
+            first = at.epoch * plan.steps_per_epoch
+            fits = 0 <= at.epoch <= self.args.epochs and first <= at.step <= first + plan.steps_per_epoch
+            if not fits or saved["log_bytes"] < 0:
+                raise ValueError(f"epoch {at.epoch}, step {at.step} is no position of this run")
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{self.path} does not fit this run ({reason}); resume with the run's own model and "
-                             "flags") from None
+            raise ValueError(f"{path} does not fit this run ({reason}); resume with the run's own model and flags") from None
         return at
 
     def open(self, data):
         """Every check is passed: only now does the run leave a trace. data: tasks.Data"""
         self.about = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
         self.saved_at = time.monotonic()
-        if not self.world.main:
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not (self.folder / "args.json").exists():
-                (self.folder / "args.json").write_text(json.dumps(vars(self.args), indent=1) + "\n")
-            self.file = open(self.folder / "log.jsonl", "a")
-        except OSError as error:
-            raise ValueError(f"cannot write to --output-dir {self.folder}: {error.strerror}") from None
-        self.file.truncate(0 if self.saved is None else self.saved["log_bytes"])
-        self.file.seek(0, os.SEEK_END)
+        if self.world.main:
+            try:
+                self.make_folder()
+            except OSError as error:
+                raise ValueError(f"cannot write to --output-dir {self.folder}: {error.strerror}") from None
+        self.folder = self.world.gather(self.folder)[0]
+        self.hint = self.hint or self.folder
         self.saved = None  # the tensors are in the model now
+
+    def make_folder(self):
+        # a numbered folder is taken by making it, so that runs that start together get one each
+        numbers = itertools.count(1)
+        while self.folder is None:
+            folder = Path("runs") / f"{next(numbers):04d}"
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir(parents=True)
+                self.folder = folder
+        self.folder.mkdir(parents=True, exist_ok=True)
+
+        # one process per folder; lines after the last checkpoint will be written again
+        self.file = open(self.folder / "log.jsonl", "a")
+        lock(self.file, self.folder)
+        length = os.path.getsize(self.folder / "log.jsonl")
+        if not self.args.resume and length:
+            raise ValueError(f"--output-dir {self.folder} already holds a run (log.jsonl); choose another folder")
+        self.file.truncate(0 if self.saved is None else min(length, self.saved["log_bytes"]))
+        self.file.seek(0, os.SEEK_END)
+        flags = json.dumps(vars(self.args), indent=1) + "\n"
+        write_whole(self.folder / "args.json", lambda file: file.write(flags.encode()))
 
     def log(self, **entry):
         """One line of log.jsonl; NaN, which JSON lacks, becomes null."""
@@ -225,8 +172,9 @@ class Run:
         for key, value in entry.items():
             if isinstance(value, float):
                 entry[key] = float(f"{value:.6g}") if math.isfinite(value) else None
-        self.file.write(json.dumps(entry) + "\n")
-        self.file.flush()
+        with self.writing("log.jsonl"):
+            self.file.write(json.dumps(entry) + "\n")
+            self.file.flush()
 
     def save_is_due(self):
         return time.monotonic() - self.saved_at > 60 * self.args.save_minutes
@@ -240,7 +188,27 @@ class Run:
         state |= self.about
         state |= dict(at=vars(at), args=vars(self.args), log_bytes=self.file.tell())
         state |= dict(total_steps=self.plan.total_steps, processes=self.world.size)
-        save_checkpoint(self.path, state)
+        with self.writing("checkpoint.pt"):
+            write_whole(self.folder / "checkpoint.pt", lambda file: torch.save(state, file))
+
+    @contextlib.contextmanager
+    def writing(self, name):
+        """A full disk ends the run in one sentence."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer of zip files
+            if "DataLoader" in str(error):
+                raise
+            raise SystemExit(f"train.py: cannot write {self.folder / name} ({str(error).splitlines()[0]}); the previous "
+                             "checkpoint is untouched, free some space and continue with --resume") from None
+
+    def close(self, at):
+        if self.file is not None:
+            self.file.close()
+        if at.bad_in_a_row:
+            raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last good "
+                             "checkpoint stays, try a smaller --lr, more --warmup-epochs or --clip-grad 1")
+        self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it
 
     # what it says
 
@@ -280,22 +248,29 @@ class Run:
         self.world.say(f"  stopped at step {at.step}; continue with --resume --output-dir {self.hint}")
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
 
-    def close(self):
-        if self.file is not None:
-            self.file.close()
-        self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it
 
-
-def save_checkpoint(path, state):
-    """Write a temporary file, then rename it."""
+def write_whole(path, write):
+    """Write a temporary file, then rename it. write(file): puts the content into a binary file."""
     temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise SystemExit(f"train.py: cannot save {path} ({str(error).splitlines()[0]}); the previous checkpoint is "
-                         "untouched, free some space and continue with --resume") from None
+    except (OSError, RuntimeError):
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def lock(file, folder):
+    """Refuse a second process in one folder. The lock ends with the process, however it ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process is training in {folder}; wait for it or choose another --output-dir") from None

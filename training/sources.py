@@ -8,7 +8,7 @@ Needs: torch; data.py.
 from typing import NamedTuple
 
 from data import AUGMENTATIONS, Folder, channel_statistics, first_of_shuffle, open_source
-from training.flags import count
+from training.flags import count, path
 
 READ_BY = {  # flags that act on some sets only
     "data_path": ("cifar10", "cifar100", "folder", "coco", "ade20k"), "download": ("cifar10", "cifar100"),
@@ -19,7 +19,7 @@ SHAPES = dict(data_size=4096, scenes="crowded")
 def source_flags(flag, sets):
     """The flags of every task. sets: those that have what the task learns from."""
     flag("--data", choices=sets, default="shapes", help="image set")
-    flag("--data-path", metavar="DIR", help="where it is")
+    flag("--data-path", type=path, metavar="DIR", help="where it is")
     flag("--data-size", type=count, help="shapes: training scenes (default: 4096)")
     flag("--scenes", choices=("simple", "crowded"), help="shapes: one large object, or several on a texture")
     flag("--train-images", type=count, help="use the first N of a fixed shuffle; with --dry-run the size of the set")
@@ -107,6 +107,7 @@ def split(args, train, val):
 
 
 def skipped_images(data):
-    """How many unreadable images were replaced so far, of a folder."""
+    """For the log: how many unreadable images of a folder were replaced so far, if any."""
     source = getattr(data.train, "source", None)
-    return int(source.bad.sum()) if isinstance(source, Folder) else 0
+    count = int(source.bad.sum()) if isinstance(source, Folder) else 0
+    return {"skipped_images": count} if count else {}
