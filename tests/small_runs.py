@@ -9,12 +9,13 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 import train
 from data import EvalBatches, make_loader
 from tasks import load_run
-from training import runs
+from training.world import World
 
 ROOT = Path(train.__file__).resolve().parent
 CPU = torch.device("cpu")
@@ -25,6 +26,7 @@ TINY = f"{VIT} --data-size 64 --batch-size 8 --epochs 2"  # 8 steps an epoch, 16
 PRETRAIN = f"--task pretrain --segments 2 {TINY}"
 CLASSIFY = f"--task classify {TINY}"
 PROBE = f"--task probe --style adamw {VIT} --data-size 64 --batch-size 32 --epochs 5"
+FOLDER = f"--task classify {VIT} --batch-size 4 --epochs 2 --data folder"
 CONTRAST = f"--task contrast {TINY}"
 HIERARCHICAL = "--img-size 32 --embed-dim 16 --window-size 4 4 2"  # 2 x 2 positions of 16 pixels
 MIXMIM = f"--task pretrain --method mixmim {HIERARCHICAL} --data-size 64 --batch-size 8 --epochs 2"
@@ -32,6 +34,7 @@ RESNET = "--task classify --model resnet8 --data-size 64 --batch-size 8 --epochs
 DENSE = "--img-size 48 --patch-size 8 --depth 4 --embed-dim 32 --num-heads 2 --data-size 16 --batch-size 4 --epochs 2"
 DETECT = f"--task detect {DENSE}"
 SEGMENT = f"--task segment {DENSE} --channels 16"
+STILL = "--lr 1e-30 --min-lr 0"  # weights that do not move
 FLAT = "--lr 0.05 --min-lr 0.05 --warmup-epochs 0 --weight-decay 0"  # a constant learning rate
 
 
@@ -67,23 +70,26 @@ def torchrun(arguments, cwd, limit=180):
     return subprocess.run([*launch, *arguments], cwd=cwd, **options)
 
 
-def refused(flags, capsys, folder=None):
+def refused(flags, capsys, folder=None, before_training=True):
     """The sentence with which a command line is refused."""
-    try:
+
+    def forbid(number, model, loss):
+        assert not before_training, f"it trains: {flags}"
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as end:
+        on_each_loss(patch, forbid)
         start(flags, folder)
-    except SystemExit as end:
-        error = capsys.readouterr().err
-        assert end.code == 2, error
-        assert error.startswith("train.py: ") and error.count("\n") == 1, error
-        return error
-    raise AssertionError(f"not refused: {flags}")
+    error = capsys.readouterr().err
+    assert end.value.code == 2, error
+    assert error.startswith("train.py: ") and error.count("\n") == 1, error
+    return error
 
 
 def built(flags):
     """Flags -> args, task, data and the model as a run of them starts."""
     args = train.parse(flags.split())
     task = train.TASKS[args.task]
-    world = runs.World("cpu")
+    world = World("cpu")
     data = task.open_data(args, world)
     torch.manual_seed(args.seed)
     return SimpleNamespace(args=args, task=task, data=data, model=task.build(args, data, world))
@@ -124,7 +130,7 @@ def judged(folder, batch_size):
     """The figures of a run's checkpoint, of its validation set in batches of another size."""
     run = load_run(folder)
     task = train.TASKS[run.args.task]
-    world = runs.World("cpu")
+    world = World("cpu")
     data = task.open_data(run.args, world)
     batches = EvalBatches(len(data.val), batch_size, 0, 1, data.smallest)
     loader = make_loader(data.val, batches, 0, CPU, data.val_collate)

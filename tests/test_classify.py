@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, HIERARCHICAL, MIXMIM, PRETRAIN, RESNET, TINY, VIT, built, checkpoint, epochs, log, refused, start,
+    CLASSIFY, HIERARCHICAL, MIXMIM, PRETRAIN, RESNET, STILL, TINY, VIT, built, checkpoint, epochs, log, refused, start,
     weights)
 from torch.nn import functional as F
 from torch.utils.data import default_collate
@@ -64,8 +64,8 @@ def test_the_loss_of_mixed_images_is_the_smoothed_cross_entropy_of_mixed_labels(
 
 
 SOURCES = {
-    "mirl": (PRETRAIN, "--layer-decay 0.7"), "mixmim": (MIXMIM, "--layer-decay 0.7"), "plain mixmim": (PLAIN_MIXMIM, ""),
-    "mixer": (MIXER, "--optimizer sam --layer-decay 0.7"), "resnet": (RESNET, "")}
+    "mirl": (PRETRAIN, "--layer-decay 0.7"), "mixmim": (MIXMIM, "--layer-decay 0.7"),
+    "plain mixmim": (PLAIN_MIXMIM, ""), "mixer": (MIXER, "--optimizer sam --layer-decay 0.7"), "resnet": (RESNET, "")}
 
 
 @pytest.mark.parametrize("flags, more", SOURCES.values(), ids=SOURCES)
@@ -74,7 +74,7 @@ def test_a_checkpoint_supplies_model_sizes_and_all_weights_of_the_encoder(finish
     before = weights(file.parent)
 
     # a learning rate next to nothing: the weights are still those of the file
-    start(f"{TUNE} --lr 1e-30 {more} --init {file}", tmp_path)
+    start(f"{TUNE} {STILL} {more} --init {file}", tmp_path)
     after = weights(tmp_path)
     shared = [name for name in after if name in before or f"encoder.{name}" in before]
     encoder = [name for name in after if not name.startswith(("head.", "fc.", "fc_norm."))]
@@ -126,7 +126,7 @@ def test_init_from_a_file_in_maes_layout(tmp_path, capsys):
                "decoder_pred.weight": torch.zeros(192, 16)}
     saved = {"model": {**encoder, **decoder}, "args": argparse.Namespace(model="mae_vit"), "epoch": 3}
     torch.save(saved, tmp_path / "mae.pth")
-    start(f"{CLASSIFY} --epochs 1 --lr 1e-30 --init {tmp_path / 'mae.pth'}", tmp_path / "run")
+    start(f"{CLASSIFY} --epochs 1 {STILL} --init {tmp_path / 'mae.pth'}", tmp_path / "run")
     assert "MAE" in capsys.readouterr().out
     after = weights(tmp_path / "run")
     for name, value in encoder.items():

@@ -114,7 +114,7 @@ def test_the_table_of_detections_settings_says_what_the_recipe_does():
 def test_the_table_of_the_detectors_settings_says_what_the_model_of_the_recipe_has():
     pytest.importorskip("pycocotools")
     from tasks import Data, detection
-    from training.runs import World
+    from training.world import World
 
     data = Data(classes=list(range(80)), mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
     with torch.device("meta"):

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 from small_runs import (
-    DETECT, assert_same_bits, assert_same_run, checkpoint, judged, killed, log, on_each_loss, refused, start, weights)
+    DETECT, STILL, assert_same_bits, assert_same_run, checkpoint, judged, killed, log, on_each_loss, refused, start, weights)
 
 import train
 from data import first_of_shuffle
@@ -51,7 +51,7 @@ def test_detection_with_jitter_and_sam_starts_from_an_encoder_pretrained_at_anot
     sizes = SIZES.replace("48", "32")
     source = finished(f"--task pretrain --segments 2 {sizes} --data-size 32 --batch-size 8 --epochs 1")
     flags = "--task detect --img-size 48 --data-size 8 --batch-size 4 --epochs 1 --optimizer sam --jitter 0.5 2"
-    start(f"{flags} --lr 1e-30 --init {source / 'checkpoint.pt'}", tmp_path)
+    start(f"{flags} {STILL} --init {source / 'checkpoint.pt'}", tmp_path)
     assert re.search(r"4x4 .*6x6", capsys.readouterr().out)  # the position table is resized, and that is said
 
     encoder, detector = weights(source), weights(tmp_path)

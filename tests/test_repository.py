@@ -1,10 +1,9 @@
-"""The repository as a whole: layers of imports, files that can be carried away, documents whose code runs."""
+"""The repository as a whole: layers of imports, files that can be carried away, what no file may hold."""
 
 import ast
 import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +23,6 @@ CONCEPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in EN
 MODULES = [*CONCEPTS, *ENTRY]
 for package in PACKAGES:
     MODULES += sorted(f"{package}.{path.stem}".removesuffix(".__init__") for path in (ROOT / package).glob("*.py"))
-
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-LINKED = [*DOCUMENTS, ROOT / "experiments" / "README.md"]
 
 
 def file_of(module):
@@ -78,44 +74,6 @@ def environment():
     return {**clean, "OMP_NUM_THREADS": "1"}
 
 
-# ---------------------------------------------------------------------------- documents
-
-
-def blocks(document):
-    """(language, code) of the fenced blocks."""
-    return re.findall(r"^```(\w*)\n(.*?)^```", document.read_text(), re.M | re.S)
-
-
-def commands(document):
-    """The lines of shell blocks that start Python."""
-    for language, code in blocks(document):
-        if language not in ("", "sh", "bash", "shell", "console"):
-            continue
-        for line in re.sub(r"\\\n\s*", " ", code).splitlines():
-            is_template = re.search(r"\.\.\.|<\w+>", line)
-            if re.match(r"\s*(\$ )?(\w+=\S+ )*(python|torchrun) ", line) and not is_template:
-                yield line.strip()
-
-
-def arguments(line):
-    """The flags of a line that starts train.py, or None."""
-    words = shlex.split(line, comments=True)
-    for i, word in enumerate(words):
-        if Path(word).name == "train.py":
-            return words[i + 1:]
-    return None
-
-
-SNIPPETS = {}
-for document in DOCUMENTS:
-    python = [code for language, code in blocks(document) if language == "python"]
-    SNIPPETS |= {f"{document.name} {number}": code for number, code in enumerate(python)}
-
-COMMANDS = []
-for document in DOCUMENTS:
-    COMMANDS += [line for line in commands(document) if line not in COMMANDS]
-
-
 # ---------------------------------------------------------------------------- many scripts from one interpreter
 
 FORK = """
@@ -164,7 +122,7 @@ assert sys.modules["{0}"].__file__.startswith({1!r}), sys.modules["{0}"].__file_
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Imports, quick demos and blocks of documents, all from one interpreter: starting it is what takes the time."""
+    """Imports and quick demos, all from one interpreter: starting it is what takes the time."""
     folder = tmp_path_factory.mktemp("repository")
     jobs = {}
     for module in MODULES:
@@ -174,10 +132,6 @@ def outcomes(tmp_path_factory):
         jobs[f"alone {name}"] = alone, IMPORT.format(name, alone)
     for name in ("masking", "checkpoints"):
         jobs[f"demo {name}"] = str(folder / name), f"import runpy; runpy.run_path('{name}.py', run_name='__main__')"
-    for name, code in SNIPPETS.items():
-        place = folder / name.replace(" ", "_")
-        place.mkdir()
-        jobs[name] = str(place), f"import sys; sys.path.append({str(ROOT)!r})\n{code}"
     return run_each(jobs, folder)
 
 
@@ -318,64 +272,3 @@ def test_the_requirements_are_the_four_packages_without_exact_pins():
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert {re.match(r"[\w-]+", line)[0] for line in lines} == {"torch", "torchvision", "einops", "tqdm"}
     assert "==" not in text
-
-
-# ---------------------------------------------------------------------------- what documents promise
-
-
-@pytest.mark.parametrize("name", SNIPPETS)
-def test_every_python_block_of_the_documents_runs(outcomes, name):
-    assert name not in outcomes, outcomes[name]
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if arguments(line) is not None])
-def test_every_training_command_of_the_documents_passes_a_dry_run(line, tmp_path, monkeypatch, capsys):
-    import train
-
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
-    flags = arguments(line)
-    if "--help" in flags:
-        with pytest.raises(SystemExit) as end:
-            train.main(flags)
-        assert end.value.code == 0
-    elif "--resume" in flags or {"--dry-run", "--check"} & set(flags):
-        train.main(flags if "--check" in flags else [*flags, "--dry-run"])
-    else:
-        train.main([*flags, "--dry-run"])
-    assert capsys.readouterr().out
-    assert [path.name for path in tmp_path.iterdir()] == ["recipes"]
-
-
-@pytest.mark.parametrize("line", [line for line in COMMANDS if arguments(line) is None])
-def test_every_other_command_of_the_documents_starts_a_file_or_module_that_exists(line):
-    words = shlex.split(line, comments=True)
-    files = [word for word in words if word.endswith(".py")]
-    assert "-m" in words or "-c" in words or (ROOT / files[0]).is_file()
-
-
-@pytest.mark.parametrize("document", LINKED, ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_document_links_to_nothing_that_is_missing(document):
-    for target in re.findall(r"\]\(([^)#\s]+)", document.read_text()):
-        assert "://" in target or (document.parent / target).exists(), target
-
-
-def test_the_readme_names_every_file():
-    text = (ROOT / "README.md").read_text()
-    assert not [name for name in [*CONCEPTS, *ENTRY] if f"{name}.py" not in text]
-
-
-def test_the_readme_shows_how_to_install_run_and_test():
-    text = (ROOT / "README.md").read_text()
-    for requirements in ("requirements.txt", "requirements-dev.txt"):
-        assert f"pip install -r {requirements}" in text
-    assert "python train.py" in text and "pytest" in text
-
-
-def test_the_page_on_training_names_every_flag_of_every_task():
-    import train
-
-    page = (ROOT / "docs" / "train.md").read_text()
-    for task in train.TASKS:
-        flags = re.findall(r"^  (--[a-z][\w-]*)", train.parser_for(task).format_help(), re.M)
-        assert not [flag for flag in flags if flag not in page], task

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, CONTRAST, DETECT, FLAT, MIXMIM, PRETRAIN, SEGMENT, TINY, VIT, assert_same_bits, assert_same_run, built,
+    CLASSIFY, CONTRAST, DETECT, FLAT, FOLDER, MIXMIM, PRETRAIN, SEGMENT, TINY, VIT, assert_same_bits, assert_same_run, built,
     checkpoint, command, environment, epochs, inventory, judged, killed, log, on_each_loss, percents, position, refused,
     shell, start, weights)
 from torchvision.transforms.functional import to_pil_image
@@ -323,9 +323,8 @@ def test_a_run_resumes_without_the_file_it_was_initialized_from(tmp_path, pretra
 
 def test_a_run_on_images_may_have_moved_when_it_is_resumed(tmp_path, monkeypatch):
     images = save_images(tmp_path / "set", train=6, val=4)
-    flags = f"{CLASSIFY} --batch-size 4 --data folder"
-    start(f"{flags} --data-path {images}", tmp_path / "whole")
-    killed(monkeypatch, 1, f"{flags} --data-path {images}", tmp_path / "run")
+    start(f"{FOLDER} --data-path {images}", tmp_path / "whole")
+    killed(monkeypatch, 1, f"{FOLDER} --data-path {images}", tmp_path / "run")
     images.rename(tmp_path / "moved")
     start(f"--resume --data-path {tmp_path / 'moved'}", tmp_path / "run")
     assert_same_run(tmp_path / "run", tmp_path / "whole")
@@ -392,21 +391,20 @@ BROKEN = "train/dog/4.png"
 def test_a_broken_image_stops_the_run_with_its_path(tmp_path, monkeypatch, capsys, workers):
     monkeypatch.chdir(tmp_path)
     images = save_images(tmp_path / "set", BROKEN, train=6, val=6)
-    error = refused(f"{CLASSIFY} --batch-size 4 --data folder --data-path {images} --workers {workers}", capsys)
+    error = refused(f"{FOLDER} --data-path {images} --workers {workers}", capsys, before_training=False)
     assert str(images / BROKEN) in error and "--skip-bad" in error
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_is_skipped_and_counted_on_request(tmp_path, workers):
     images = save_images(tmp_path / "set", BROKEN, train=6, val=6)
-    flags = f"{CLASSIFY} --batch-size 4 --data folder --data-path {images} --skip-bad --workers {workers}"
-    start(flags, tmp_path / "run")
+    start(f"{FOLDER} --data-path {images} --skip-bad --workers {workers}", tmp_path / "run")
     assert log(tmp_path / "run")[-1]["skipped_images"] == 1
 
 
 def test_unlabeled_images_without_a_validation_set_can_be_pretrained_on(tmp_path):
     images = save_images(tmp_path / "set", train=6)
-    start(f"{PRETRAIN} --batch-size 4 --data folder --data-path {images}", tmp_path / "run")
+    start(f"{FOLDER} --task pretrain --segments 2 --data-path {images}", tmp_path / "run")
     assert math.isfinite(log(tmp_path / "run")[-1]["train_loss"])
 
 
@@ -415,7 +413,7 @@ def test_unlabeled_images_without_a_validation_set_can_be_pretrained_on(tmp_path
 def test_from_the_shell_a_broken_image_ends_the_run_at_once_with_one_line(tmp_path, workers):
     images = save_images(tmp_path / "set", BROKEN, train=6, val=6)
     begin = time.monotonic()
-    done = shell(f"{CLASSIFY} --batch-size 4 --data folder --data-path {images} --workers {workers}", tmp_path)
+    done = shell(f"{FOLDER} --data-path {images} --workers {workers}", tmp_path)
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "4.png" in done.stderr, done.stderr
     assert time.monotonic() - begin < 12  # most of it starting torch
 

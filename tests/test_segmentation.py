@@ -6,7 +6,8 @@ import re
 
 import pytest
 import torch
-from small_runs import SEGMENT, assert_same_bits, assert_same_run, built, judged, killed, log, refused, start, weights
+from small_runs import (
+    SEGMENT, STILL, assert_same_bits, assert_same_run, built, judged, killed, log, refused, start, weights)
 from torchvision.transforms.functional import to_pil_image
 
 from tasks import load_run
@@ -57,7 +58,7 @@ def test_other_segmenters_train_a_step_and_resume_to_nothing(tmp_path, flags):
 def test_segmentation_starts_from_an_encoder_pretrained_at_another_size(finished, tmp_path, capsys):
     sizes = SIZES.replace("48", "32")
     source = finished(f"--task pretrain --segments 2 {sizes} --data-size 32 --batch-size 8 --epochs 1")
-    start(f"{FEW} --img-size 48 --lr 1e-30 --init {source / 'checkpoint.pt'}", tmp_path)
+    start(f"{FEW} --img-size 48 {STILL} --init {source / 'checkpoint.pt'}", tmp_path)
     assert re.search(r"4x4 .*6x6", capsys.readouterr().out)  # the position table is resized, and that is said
     name = "blocks.1.attn.qkv.weight"
     expected = weights(source)[f"encoder.{name}"]

@@ -75,8 +75,3 @@ def test_no_function_is_longer_than_a_screen_but_the_loop(path):
 def test_no_line_is_wider_than_120_columns(path):
     wide = [number for number, line in enumerate(path.read_text().splitlines(), start=1) if len(line) > 120]
     assert not wide
-
-
-def test_the_readme_is_short():
-    lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 200
