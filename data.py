@@ -58,11 +58,19 @@ class TrainBatches:
     """
 
     def __init__(self, num_samples, batch_size, seed, rank=0, world=1):
-        self.num_samples, self.batch_size, self.seed, self.rank, self.world = num_samples, batch_size, seed, rank, world
+        self.num_samples, self.batch_size, self.seed, self.rank, self.world = (
+            num_samples,
+            batch_size,
+            seed,
+            rank,
+            world,
+        )
         self.epoch = self.start = 0
         if len(self) == 0:
-            raise ValueError(f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training images; "
-                             f"use at most {num_samples // world}")
+            raise ValueError(
+                f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training images; "
+                f"use at most {num_samples // world}"
+            )
 
     def __len__(self):
         return self.num_samples // (self.batch_size * self.world)
@@ -72,7 +80,7 @@ class TrainBatches:
             order = torch.randperm(self.num_samples)
         for step in range(self.start, len(self)):
             first = (step * self.world + self.rank) * self.batch_size
-            yield [(self.epoch, index) for index in order[first:first + self.batch_size].tolist()]
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size].tolist()]
 
 
 class EvalBatches:
@@ -91,13 +99,24 @@ class EvalBatches:
     def __iter__(self):
         for batch in range(len(self)):
             stop = None if batch == len(self) - 1 else (batch + 1) * self.batch_size
-            yield [(0, index) for index in self.indices[batch * self.batch_size:stop]]
+            yield [(0, index) for index in self.indices[batch * self.batch_size : stop]]
 
 
 def make_loader(dataset, batches, workers, device, collate=None):
-    """A DataLoader whose own random numbers leave the global generator alone. collate: how samples become a batch, None: stacked."""
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, persistent_workers=workers > 0, collate_fn=collate,
-                      pin_memory=device.type == "cuda", generator=torch.Generator().manual_seed(0), worker_init_fn=leave_signals)
+    """A DataLoader whose own random numbers leave the global generator alone.
+
+    collate: how samples become a batch; None: stacked
+    """
+    return DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        persistent_workers=workers > 0,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator().manual_seed(0),
+        worker_init_fn=leave_signals,
+    )
 
 
 def as_lists(samples):
@@ -115,9 +134,9 @@ def leave_signals(worker):
 
 
 def augmentation(name, img_size, mean, std):
-    """uint8 image (C, H, W) -> normalised float (C, *img_size). See AUGMENTATIONS.
+    """uint8 image (C, H, W) -> normalized float (C, *img_size). See AUGMENTATIONS.
 
-    none       the whole image where the size fits, else resize to 8/7 of img_size and centre crop
+    none       the whole image where the size fits, else resize to 8/7 of img_size and center crop
     padcrop    reflect-pad by 1/8, random crop, flip: for images that already have the size
     mae        random resized crop (0.2, 1) bicubic, flip: MAE, MIRL and MixMIM pre-training
     inception  random resized crop (0.05, 1), flip: "simple Inception-style preprocessing" of the SAM paper
@@ -131,19 +150,28 @@ def augmentation(name, img_size, mean, std):
         return v2.Compose([FitSize(img_size), *finish])
     if name == "padcrop":
         padding = [max(1, width // 8), max(1, height // 8)]
-        return v2.Compose([FitSize(img_size), v2.RandomCrop(img_size, padding, padding_mode="reflect"), flip, *finish])
+        return v2.Compose(
+            [FitSize(img_size), v2.RandomCrop(img_size, padding, padding_mode="reflect"), flip, *finish]
+        )
     if name == "mae":
         return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.2, 1.0), **bicubic), flip, *finish])
     if name == "inception":
         return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.05, 1.0), **bicubic), flip, *finish])
     if name == "strong":
-        return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), **bicubic), flip,
-                           v2.RandAugment(num_ops=2, magnitude=9), *finish, v2.RandomErasing(p=0.25, value="random")])
+        return v2.Compose(
+            [
+                v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), **bicubic),
+                flip,
+                v2.RandAugment(num_ops=2, magnitude=9),
+                *finish,
+                v2.RandomErasing(p=0.25, value="random"),
+            ]
+        )
     raise ValueError(f"augment {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
 
 
 class FitSize(torch.nn.Module):
-    """Leaves an image of the right size alone; else shorter side to 8/7 of the crop (256 for 224), centre crop."""
+    """Leaves an image of the right size alone; else shorter side to 8/7 of the crop (256 for 224), center crop."""
 
     def __init__(self, img_size):
         super().__init__()
@@ -172,7 +200,13 @@ class Images(Dataset):
     """
 
     def __init__(self, source, transform, seed=0, indices=None, noise_size=0, views=1):
-        self.source, self.transform, self.seed, self.noise_size, self.views = source, transform, seed, noise_size, views
+        self.source, self.transform, self.seed, self.noise_size, self.views = (
+            source,
+            transform,
+            seed,
+            noise_size,
+            views,
+        )
         self.indices = range(len(source)) if indices is None else indices
 
     def __len__(self):
@@ -194,12 +228,15 @@ class Cifar(Dataset):
     def __init__(self, name, root, train, download):
         make, self.mean, self.std = {
             "cifar10": (datasets.CIFAR10, (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-            "cifar100": (datasets.CIFAR100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762))}[name]
+            "cifar100": (datasets.CIFAR100, (0.5071, 0.4866, 0.4409), (0.2673, 0.2564, 0.2762)),
+        }[name]
         try:
             data = make(root, train=train, download=download)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
-                             f"({str(error).splitlines()[0]})") from None
+            raise ValueError(
+                f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
+                f"({str(error).splitlines()[0]})"
+            ) from None
         self.images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         self.labels, self.classes = data.targets, data.classes
 
@@ -223,13 +260,19 @@ class Folder(Dataset):
         names = ["train"] if train else ["val", "test"]
         path = next((p for p in (os.path.join(root, name) for name in names) if os.path.isdir(p)), None)
         if path is None:
-            raise ValueError(f"data-path {root!r} has no folder {' or '.join(names)}/; expected {names[0]}/CLASS/image.jpg")
+            raise ValueError(
+                f"data-path {root!r} has no folder {' or '.join(names)}/; expected {names[0]}/CLASS/image.jpg"
+            )
         try:
             found = datasets.ImageFolder(path)
         except FileNotFoundError as error:
-            raise ValueError(f"data-path {path!r} does not hold a folder of images per class: {str(error).splitlines()[0]}") from None
+            raise ValueError(
+                f"data-path {path!r} does not hold a folder of images per class: {str(error).splitlines()[0]}"
+            ) from None
         self.samples, self.classes, self.skip_bad, self.cached = found.samples, found.classes, skip_bad, None
-        self.bad = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()  # loading processes count here too
+        self.bad = torch.zeros(
+            len(self.samples), dtype=torch.bool
+        ).share_memory_()  # loading processes count here too
 
     def __len__(self):
         return len(self.samples)
@@ -238,13 +281,16 @@ class Folder(Dataset):
         try:
             with Image.open(self.samples[i][0]) as image:
                 if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight, PIL would clip
-                    grey = v2.functional.pil_to_tensor(image).to(torch.int32)
-                    return ((grey & 0xFFFF) >> 8).to(torch.uint8).expand(3, -1, -1)
+                    gray = v2.functional.pil_to_tensor(image).to(torch.int32)
+                    return ((gray & 0xFFFF) >> 8).to(torch.uint8).expand(3, -1, -1)
                 return v2.functional.pil_to_tensor(image.convert("RGB"))
         except BROKEN as error:
             if not self.skip_bad:
-                raise ValueError(f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, or add "
-                                 "--skip-bad") from None
+                raise ValueError(
+                    f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, "
+                    f"or add "
+                    "--skip-bad"
+                ) from None
             self.bad[i] = True
             return None
 
@@ -255,7 +301,9 @@ class Folder(Dataset):
         for j in range(i, i + len(self)):  # the first readable one from here on
             if (image := self.read(j % len(self))) is not None:
                 if j != i:
-                    tqdm.write(f"skipped unreadable image {self.samples[i][0]}, used {self.samples[j % len(self)][0]}")
+                    tqdm.write(
+                        f"skipped unreadable image {self.samples[i][0]}, used {self.samples[j % len(self)][0]}"
+                    )
                 return image, self.samples[j % len(self)][1]
         raise ValueError(f"none of the {len(self)} images can be read")
 
@@ -265,7 +313,9 @@ class Folder(Dataset):
         if first.numel() * len(wanted) > CACHE_BYTES:
             return False
         images, labels = torch.empty((len(wanted), *first.shape), dtype=torch.uint8), []
-        for row, i in enumerate(tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)):
+        for row, i in enumerate(
+            tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)
+        ):
             image, label = self[i]
             if image.shape != first.shape:
                 return False
@@ -276,12 +326,11 @@ class Folder(Dataset):
 
 
 class Scenes:
-    """The generated scenes of shapes.py, one by one: what the sets with boxes (coco.py) and with labelled pixels (semantic.py) share."""
+    """The generated scenes of shapes.py, one by one, for boxes (coco.py) and labels per pixel (semantic.py)."""
 
-    mean, std = Shapes.mean, Shapes.std
-
-    def __init__(self, size, img_size, seed=0, train=True):
-        self.shapes = Shapes(size, img_size, seed, train)
+    def __init__(self, size, img_size, seed=0, train=True, scenes="crowded"):
+        self.shapes = Shapes(size, img_size, seed, train, scenes)
+        self.mean, self.std = self.shapes.mean, self.shapes.std
 
     def __len__(self):
         return len(self.shapes)
@@ -290,13 +339,15 @@ class Scenes:
         return f"scene {i}"
 
 
-def open_source(name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False):
-    """The image set `name` ("shapes", "cifar10", "cifar100", "folder"): len, [i] -> (uint8 image, label), classes, mean, std.
+def open_source(name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded"):
+    """The image set `name` ("shapes", "cifar10", "cifar100", "folder").
 
-    size is for shapes: training scenes; a quarter of it for validation.
+    It has len, [i] -> (uint8 image, label), classes, mean, std.
+
+    size and scenes are for shapes: training scenes, a quarter of them for validation; simple or crowded.
     """
     if name == "shapes":
-        return Shapes(size if train else max(1, size // 4), img_size, seed, train)
+        return Shapes(size if train else max(1, size // 4), img_size, seed, train, scenes)
     if path is None:
         raise ValueError(f"data {name!r} needs --data-path")
     if name in ("cifar10", "cifar100"):
@@ -339,7 +390,10 @@ if __name__ == "__main__":
     save_grid("data_demo.png", columns)
     data = Images(source, augmentation("mae", (64, 64), source.mean, source.std), noise_size=16)
     again, later = (torch.equal(data[0, 3][0], data[epoch, 3][0]) for epoch in (0, 1))
-    print(f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} (expect False)")
+    print(
+        f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} (expect "
+        f"False)"
+    )
     mean, std = channel_statistics(source)
     print(f"statistics of these 8 scenes: mean {[round(m, 2) for m in mean]}, std {[round(s, 2) for s in std]}")
     order = TrainBatches(8, batch_size=2, seed=0, rank=1, world=2)

@@ -6,13 +6,13 @@ reads all places, with the same weights for every channel. The other works along
 place it reads all channels, with the same weights for every place.
 
     X     = the patches x_n of the image, as rows W x_n + b     (N, D)    (1)
-    X     = X + T(LN X),    T on each column:  (N) -> D_S -> (N)          (2)   token mixing, D_S wide inside: says where
+    X     = X + T(LN X),    T on each column:  (N) -> D_S -> (N)          (2)   token mixing, D_S wide inside
     X     = X + C(LN X),    C on each row:     (D) -> D_C -> (D)          (3)   channel mixing, D_C wide: says what
     T, C  : v -> W2 gelu(W1 v + b1) + b2                                  (4)
     logits = head(mean over the places of LN X)                           (5)
 
 No position table is needed: row n of T's weights belongs to place n. So a Mixer is tied to the number
-of tokens it was built for, and neighbours mean nothing to it: patches shuffled in one fixed order,
+of tokens it was built for, and neighbors mean nothing to it: patches shuffled in one fixed order,
 and T's weights with them, give the same logits. D_S does not grow with N, so cost is linear in N.
 
 Source: Tolstikhin et al. 2021, arXiv 2105.01601; trained with SAM by Chen et al. 2022, arXiv 2106.01548.
@@ -103,19 +103,32 @@ class Mixer(nn.Module):
     ValueError if sizes do not divide or an option makes no sense.
     """
 
-    def __init__(self, img_size=224, patch_size=16, in_chans=3, num_classes=1000, embed_dim=512, depth=8,
-                 mlp_ratio=(0.5, 4.0), drop_path=0.0):
+    def __init__(
+        self,
+        img_size=224,
+        patch_size=16,
+        in_chans=3,
+        num_classes=1000,
+        embed_dim=512,
+        depth=8,
+        mlp_ratio=(0.5, 4.0),
+        drop_path=0.0,
+    ):
         super().__init__()
         if not isinstance(img_size, int) and not (isinstance(img_size, (tuple, list)) and len(img_size) == 2):
             raise ValueError(f"img_size {img_size!r} must be a whole number or (height, width)")
         if not isinstance(mlp_ratio, (tuple, list)) or len(mlp_ratio) != 2:
-            raise ValueError(f"mlp_ratio {mlp_ratio!r} must be a pair, for token and channel mixing, such as (0.5, 4.0)")
+            raise ValueError(
+                f"mlp_ratio {mlp_ratio!r} must be a pair, for token and channel mixing, such as (0.5, 4.0)"
+            )
         if not 0 <= drop_path < 1:
             raise ValueError(f"drop_path {drop_path} must lie in [0, 1)")
         tokens_dim, channels_dim = (int(ratio * embed_dim) for ratio in mlp_ratio)
         if min(patch_size, in_chans, embed_dim, depth, tokens_dim, channels_dim) < 1:
-            raise ValueError(f"patch_size {patch_size}, in_chans {in_chans}, embed_dim {embed_dim}, depth {depth} and both hidden "
-                             f"widths {tokens_dim}, {channels_dim} (mlp_ratio times embed_dim) must all be at least 1")
+            raise ValueError(
+                f"patch_size {patch_size}, in_chans {in_chans}, embed_dim {embed_dim}, depth {depth} and both hidden "
+                f"widths {tokens_dim}, {channels_dim} (mlp_ratio times embed_dim) must all be at least 1"
+            )
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         for name, size in zip(("height", "width"), self.img_size):
             if size < patch_size or size % patch_size:
@@ -128,8 +141,11 @@ class Mixer(nn.Module):
 
         self.stem = PatchEmbed(patch_size, in_chans, embed_dim)
         self.blocks = nn.ModuleList(
-            MixerBlock(math.prod(self.grid_size), embed_dim, tokens_dim, channels_dim, drop_path * i / max(depth - 1, 1))
-            for i in range(depth))
+            MixerBlock(
+                math.prod(self.grid_size), embed_dim, tokens_dim, channels_dim, drop_path * i / max(depth - 1, 1)
+            )
+            for i in range(depth)
+        )
         self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
         self.apply(init_weights)
         self.reset_classifier(num_classes)
@@ -145,10 +161,15 @@ class Mixer(nn.Module):
     def forward_features(self, x):
         """(1) to (3), and the last norm: (B, C, H, W) -> tokens (B, N, D)."""
         if x.ndim != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(f"expected images (B, {self.in_chans}, H, W), got {tuple(x.shape)}; in_chans is {self.in_chans}")
+            raise ValueError(
+                f"expected images (B, {self.in_chans}, H, W), got {tuple(x.shape)}; in_chans is {self.in_chans}"
+            )
         if tuple(x.shape[-2:]) != self.img_size:
-            raise ValueError(f"a Mixer's token mixing is built for one number of tokens, here of {self.img_size[0]}x{self.img_size[1]} "
-                             f"images, got {x.shape[-2]}x{x.shape[-1]}; resize the images or build the model with that img_size")
+            raise ValueError(
+                f"a Mixer's token mixing is built for one number of tokens, here of "
+                f"{self.img_size[0]}x{self.img_size[1]} "
+                f"images, got {x.shape[-2]}x{x.shape[-1]}; resize the images or build the model with that img_size"
+            )
         x = self.stem(x)
         for block in self.blocks:
             x = block(x)
@@ -171,22 +192,26 @@ def init_weights(module):
 
 
 if __name__ == "__main__":
-    # One cross among 15 dots, each in one of 7 colours. In which quarter is the cross, and of what colour is it?
+    # One cross among 15 dots, each in one of 7 colors. In which quarter is the cross, and of what colour is it?
     torch.manual_seed(0)
     cross = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
-    colours = torch.tensor([[code >> c & 1 for c in range(3)] for code in range(1, 8)])  # RGB, each on or off
+    colors = torch.tensor([[code >> c & 1 for c in range(3)] for code in range(1, 8)])  # RGB, each on or off
 
     def scenes(n):
         what, place = torch.randint(7, (n,)), torch.randint(16, (n,))
-        patches = colours[torch.randint(7, (n, 16))][..., None, None] * (1 - cross)  # (n, 16, 3, 4, 4)
-        patches[torch.arange(n), place] = colours[what][..., None, None] * cross
+        patches = colors[torch.randint(7, (n, 16))][..., None, None] * (1 - cross)  # (n, 16, 3, 4, 4)
+        patches[torch.arange(n), place] = colors[what][..., None, None] * cross
         imgs = rearrange(patches, "n (gh gw) c p q -> n c (gh p) (gw q)", gh=4).float()
         return imgs, place // 8 * 2 + place % 4 // 2, what
 
     model, steps = create_mixer("mixer_demo", img_size=16, embed_dim=64, depth=2, num_classes=4 + 7), 200
     table, block = torch.randn(1, 16, 64, requires_grad=True), model.blocks[0]
     print("one number of the table is computed from (expect 16 x 1, 1 x 64, 16 x 64)")
-    for name, mix in (("token mixing", block.mix_tokens), ("channel mixing", block.mlp_channels), ("the block", block)):
+    for name, mix in (
+        ("token mixing", block.mix_tokens),
+        ("channel mixing", block.mlp_channels),
+        ("the block", block),
+    ):
         read = torch.autograd.grad(mix(table)[0, 3, 5], table)[0][0] != 0  # (N, D)
         print(f"  {name:22s} {read.any(1).sum():2d} places x {read.any(0).sum():2d} channels")
 
@@ -203,15 +228,28 @@ if __name__ == "__main__":
         if step % 50 == 0:
             print(f"step {step:3d}  loss {loss.item():.2f}")
 
-    # Silencing a half shows what this model uses. (Trained without channel mixing, another learns so small a task all the
+    # Silencing a half shows what this model uses. (Trained without channel mixing, another learns so small a task
+    # all the
     # same: T bends its numbers too. Trained without token mixing, none can say where: the mean forgets the places.)
     imgs, where, what = scenes(512)
     print("accuracy on new scenes    where   what")
-    for name, mlp in (("as trained", None), ("channel mixing silenced", "mlp_channels"), ("token mixing silenced", "mlp_tokens")):
-        hooks = [getattr(block, mlp).register_forward_hook(lambda *args: 0 * args[-1]) for block in model.blocks if mlp]
+    for name, mlp in (
+        ("as trained", None),
+        ("channel mixing silenced", "mlp_channels"),
+        ("token mixing silenced", "mlp_tokens"),
+    ):
+        hooks = [
+            getattr(block, mlp).register_forward_hook(lambda *args: 0 * args[-1]) for block in model.blocks if mlp
+        ]
         with torch.no_grad():
             logits = model(imgs).split([4, 7], dim=1)
         for hook in hooks:
             hook.remove()
-        print(f"  {name:24s} {(logits[0].argmax(1) == where).float().mean():.2f}   {(logits[1].argmax(1) == what).float().mean():.2f}")
-    print("(chance is 0.25 and 0.14; expect above 0.95 as trained, and without token mixing no better than chance on where)")
+        print(
+            f"  {name:24s} {(logits[0].argmax(1) == where).float().mean():.2f}   "
+            f"{(logits[1].argmax(1) == what).float().mean():.2f}"
+        )
+    print(
+        "(chance is 0.25 and 0.14; expect above 0.95 as trained, and without token mixing no better than chance on "
+        "where)"
+    )

@@ -1,6 +1,6 @@
 """ResNet: torchvision's, with the handles of this house's other classifiers.
 
-The convolutional yardstick of the SAM paper. Layers, initialisation and parameter names are
+The convolutional yardstick of the SAM paper. Layers, initialization and parameter names are
 torchvision's, so checkpoints.load_pretrained reads its weights; only the classifier is called `head`,
 as in vit.py and mixer.py, where torchvision says `fc`. The small form for 32 pixels is the CIFAR ResNet: a stem of
 3 x 3 without stride or pooling, and three stages instead of four, each half as fine and twice as wide.
@@ -50,10 +50,14 @@ class ResNet(TorchvisionResNet):
 
     def __init__(self, img_size=224, block=BasicBlock, layers=(2, 2, 2, 2), num_classes=1000, width=None):
         if len(layers) not in (3, 4) or min(layers) < 1:
-            raise ValueError(f"layers {layers} must be four numbers of blocks, or three for the small form, each at least 1")
+            raise ValueError(
+                f"layers {layers} must be four numbers of blocks, or three for the small form, each at least 1"
+            )
         small = len(layers) == 3
         if width is not None and (width < 1 or not small):
-            raise ValueError(f"width {width} must be at least 1 and belongs to the small form of three stages; drop it for four")
+            raise ValueError(
+                f"width {width} must be at least 1 and belongs to the small form of three stages; drop it for four"
+            )
         if not isinstance(img_size, int) and not (isinstance(img_size, (tuple, list)) and len(img_size) == 2):
             raise ValueError(f"img_size {img_size!r} must be a whole number or (height, width)")
         width = width or 16
@@ -61,9 +65,17 @@ class ResNet(TorchvisionResNet):
         super().__init__(block, (1, 1, 1, 1) if small else layers)
         if small:
             self.inplanes = width
-            self.conv1, self.bn1, self.maxpool = nn.Conv2d(3, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.Identity()
+            self.conv1, self.bn1, self.maxpool = (
+                nn.Conv2d(3, width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.Identity(),
+            )
             for stage, blocks in enumerate(layers):
-                setattr(self, f"layer{stage + 1}", self._make_layer(block, width << stage, blocks, stride=1 if stage == 0 else 2))
+                setattr(
+                    self,
+                    f"layer{stage + 1}",
+                    self._make_layer(block, width << stage, blocks, stride=1 if stage == 0 else 2),
+                )
             self.layer4 = nn.Identity()
             for module in self.modules():
                 if isinstance(module, nn.Conv2d):
@@ -91,7 +103,9 @@ if __name__ == "__main__":
     for name in PRESETS:
         model = create_resnet(name, num_classes=10)
         print(f"{name}: {sum(p.numel() for p in model.parameters()):,} parameters, {model.num_features} features")
-    print("(expect with 10 classes 11,181,642 and 23,528,522, torchvision's less 990 classes, then 78,042 and 272,474)")
+    print(
+        "(expect with 10 classes 11,181,642 and 23,528,522, torchvision's less 990 classes, then 78,042 and 272,474)"
+    )
 
     imgs = torch.randn(16, 3, 32, 32)
     model(imgs)

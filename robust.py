@@ -11,8 +11,8 @@ leaves neither that box around the image (the L-infinity ball) nor the range of 
 PGD takes several such steps and may start anew; FGSM takes one and is cheap enough to train on.
 The ordinary case: what cameras and files do to an image, as six corruptions at five severities.
 
-eps, alpha and [0, 1] are in PIXELS. Models here take images normalised by a mean and a std, so the
-attacks take these too, undo them for (1) to (3), and hand back normalised images.
+eps, alpha and [0, 1] are in PIXELS. Models here take images normalized by a mean and a std, so the
+attacks take these too, undo them for (1) to (3), and hand back normalized images.
 
 Source: PGD: Madry et al. 2017, arXiv 1706.06083; FGSM with a random start: Wong et al. 2020, arXiv
 2001.03994; corruptions: Hendrycks & Dietterich 2019, arXiv 1903.12261. Written from the papers.
@@ -46,17 +46,24 @@ CORRUPTIONS = tuple(SEVERITIES)
 
 def per_channel(values, imgs):
     """A number, or one a channel -> what broadcasts against (B, C, H, W)."""
-    values = torch.as_tensor(values, device=imgs.device, dtype=torch.promote_types(imgs.dtype, torch.float32)).flatten()
+    values = torch.as_tensor(
+        values, device=imgs.device, dtype=torch.promote_types(imgs.dtype, torch.float32)
+    ).flatten()
     if len(values) not in (1, imgs.shape[1]):
-        raise ValueError(f"mean and std need 1 or {imgs.shape[1]} values, one a channel of the images, got {len(values)}")
+        raise ValueError(
+            f"mean and std need 1 or {imgs.shape[1]} values, one a channel of the images, got {len(values)}"
+        )
     return values.view(-1, 1, 1)
 
 
 def check_scale(mean, std, imgs):
     """mean and std as they broadcast. ValueError unless imgs are float images and std is positive."""
     if imgs.ndim != 4 or not len(imgs) or imgs.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"images must be (B, C, H, W) in float32 or float64 and at least one, got {tuple(imgs.shape)} {imgs.dtype}; divide "
-                         "bytes by 255, and let autocast do half precision")
+        raise ValueError(
+            f"images must be (B, C, H, W) in float32 or float64 and at least one, got {tuple(imgs.shape)} "
+            f"{imgs.dtype}; divide "
+            "bytes by 255, and let autocast do half precision"
+        )
     mean, std = per_channel(mean, imgs), per_channel(std, imgs)
     if not (std > 0).all():
         raise ValueError(f"std {std.flatten().tolist()} must be positive")
@@ -67,32 +74,47 @@ def check_pixels(pixels, low=0.0, high=1.0):
     """ValueError unless (B, C, H, W) lies in the range of a pixel; rounding is forgiven. Also finds NaN."""
     least, most = pixels.min().item(), pixels.max().item()
     if not (least >= low - 1e-3 and most <= high + 1e-3):
-        raise ValueError(f"pixels must lie in [{low:g}, {high:g}], got {least:.3g} to {most:.3g}; "
-                         "give the mean and std that these images were normalised with, or divide bytes by 255")
+        raise ValueError(
+            f"pixels must lie in [{low:g}, {high:g}], got {least:.3g} to {most:.3g}; "
+            "give the mean and std that these images were normalized with, or divide bytes by 255"
+        )
 
 
 # ---------------------------------------------------------------------------- the worst case
 
 
-def pgd(model, imgs, labels, eps, alpha=None, steps=10, restarts=1, random_start=True, mean=0.0, std=1.0,
-        low=0.0, high=1.0, generator=None):
+def pgd(
+    model,
+    imgs,
+    labels,
+    eps,
+    alpha=None,
+    steps=10,
+    restarts=1,
+    random_start=True,
+    mean=0.0,
+    std=1.0,
+    low=0.0,
+    high=1.0,
+    generator=None,
+):
     """(1) to (3): the image in the ball around each of imgs whose loss is highest among `restarts` climbs.
 
     imgs (B, C, H, W) as the model takes them; labels (B,) or soft (B, K) -> attacked imgs, alike
     eps, alpha  in pixels; alpha None: 2.5 eps / steps, so that a climb can cross the ball
-    mean, std   with which imgs were normalised; wrong ones stretch the ball, unnoticed while the pixels stay in range
+    mean, std   with which imgs were normalized; wrong ones stretch the ball, unnoticed while the pixels stay in range
     low, high   the range of a pixel before that
     generator   for the random starts; without one they come from torch's global generator
 
-    The model runs in the mode it is in: for a verdict call model.eval() first; in training mode BatchNorm
-    statistics move and dropout draws. The parameters and their .grad are left alone. Under DDP give
-    model.module: the wrapper works too, but sends its buffers to all processes at every step.
+    The model runs in the mode it is in: to judge it call model.eval() first. Its parameters and their .grad are
+    left alone. Under DDP give model.module.
     """
     alpha = 2.5 * eps / max(steps, 1) if alpha is None else alpha
     if not 0 <= eps <= high - low or alpha < 0:
-        raise ValueError(f"eps {eps} must lie in [0, {high - low:g}], alpha {alpha} not below 0, for pixels in [{low:g}, {high:g}]; try eps=8/255")
-    if steps < 1 or restarts < 1:
-        raise ValueError(f"steps {steps} and restarts {restarts} must be at least 1")
+        raise ValueError(
+            f"eps {eps} must lie in [0, {high - low:g}], alpha {alpha} not below 0, for pixels in [{low:g}, "
+            f"{high:g}]; try eps=8/255"
+        )
     if torch.is_inference_mode_enabled():
         raise ValueError("inside torch.inference_mode() no gradient can be taken; use torch.no_grad() instead")
     mean, std = check_scale(mean, std, imgs)
@@ -113,7 +135,7 @@ def pgd(model, imgs, labels, eps, alpha=None, steps=10, restarts=1, random_start
             with torch.enable_grad():  # an evaluation loop has them off
                 x.requires_grad_()
                 # the sum, not the mean: an image's gradient does not shrink with the batch
-                grad, = torch.autograd.grad(losses(x).sum(), x)
+                (grad,) = torch.autograd.grad(losses(x).sum(), x)
             x = (x.detach() + alpha * grad.sign()).clamp(floor, ceiling)  # (2)
         if restarts == 1:
             return ((x - mean) / std).to(imgs.dtype)
@@ -149,7 +171,10 @@ def through_pil(x, change):
     """Each image as 8-bit PIL image, changed, and back: (B, C, H, W) -> alike."""
     if x.shape[1] not in (1, 3):
         raise ValueError(f"jpeg and pixelate take 1 or 3 channels, the images have {x.shape[1]}")
-    coded = [TF.pil_to_tensor(change(TF.to_pil_image(image))) for image in (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu()]
+    coded = [
+        TF.pil_to_tensor(change(TF.to_pil_image(image)))
+        for image in (x.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+    ]
     return torch.stack(coded).to(x.device).float() / 255
 
 
@@ -169,7 +194,9 @@ def corrupt(imgs, name, severity, generator=None):
     if not isinstance(severity, int) or severity not in range(1, 6):
         raise ValueError(f"severity {severity} must be 1, 2, 3, 4 or 5")
     if imgs.ndim != 4 or not imgs.is_floating_point():
-        raise ValueError(f"images must be (B, C, H, W) floats in [0, 1], got {tuple(imgs.shape)} {imgs.dtype}; divide uint8 by 255")
+        raise ValueError(
+            f"images must be (B, C, H, W) floats in [0, 1], got {tuple(imgs.shape)} {imgs.dtype}; divide uint8 by 255"
+        )
     check_pixels(imgs)
     x, size = imgs.float(), imgs.shape[-2:]
     c = strength(name, severity, min(size))
@@ -182,13 +209,15 @@ def corrupt(imgs, name, severity, generator=None):
         reach = min(math.ceil(3 * c), min(size) - 1)  # reflection cannot pad by more
         x = TF.gaussian_blur(x, 2 * reach + 1, c)
     elif name == "contrast":
-        grey = x.mean(dim=(-2, -1), keepdim=True)  # of each channel
-        x = grey + c * (x - grey)
+        gray = x.mean(dim=(-2, -1), keepdim=True)  # of each channel
+        x = gray + c * (x - gray)
     elif name == "jpeg":
         x = through_pil(x, lambda image: save_and_open(image, round(c)))
     else:  # pixelate
         small = [max(1, int(side * c)) for side in (size[1], size[0])]  # PIL says (W, H)
-        x = through_pil(x, lambda image: image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX))
+        x = through_pil(
+            x, lambda image: image.resize(small, Image.Resampling.BOX).resize(image.size, Image.Resampling.BOX)
+        )
     return x.clamp(0, 1).to(imgs.dtype)
 
 
@@ -228,8 +257,13 @@ if __name__ == "__main__":
 
     scene = shapes(3, img_size=64)[2:]
     generator = torch.Generator().manual_seed(0)
-    save_grid("robust_demo.png", {name.replace("_", " "): torch.cat([scene, *(corrupt(scene, name, s, generator) for s in range(1, 6))])
-                                  for name in CORRUPTIONS})
+    save_grid(
+        "robust_demo.png",
+        {
+            name.replace("_", " "): torch.cat([scene, *(corrupt(scene, name, s, generator) for s in range(1, 6))])
+            for name in CORRUPTIONS
+        },
+    )
     print("saved robust_demo.png: from top to bottom the true scene, then severity 1 to 5")
 
     torch.manual_seed(0)
@@ -241,8 +275,16 @@ if __name__ == "__main__":
     print(f"a small network tells disc, plus and crescent apart; {len(x)} scenes, 200 others to judge")
     steps = 100
     for name, eps in (("trained plainly", 0), ("trained on FGSM, eps 8/255", 8 / 255)):
-        model = nn.Sequential(nn.Conv2d(3, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 32, 3, 2, 1), nn.BatchNorm2d(32),
-                              nn.ReLU(), nn.Flatten(), nn.Linear(32 * 64, 3))
+        model = nn.Sequential(
+            nn.Conv2d(3, 16, 3, 2, 1),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, 2, 1),
+            nn.BatchNorm2d(32),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(32 * 64, 3),
+        )
         optimizer = torch.optim.AdamW(model.parameters())
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 1e-2, steps)
         for _ in range(steps):
@@ -254,8 +296,15 @@ if __name__ == "__main__":
             optimizer.step()
             schedule.step()
         model.eval()
-        judged = {"clean": x_test, **{f"PGD-10 at {k}/255": pgd(model, x_test, y_test, k / 255, **scale) for k in (4, 8)}}
-        right = {attack: (model(seen).argmax(dim=1) == y_test).float().mean().item() for attack, seen in judged.items()}
+        judged = {
+            "clean": x_test,
+            **{f"PGD-10 at {k}/255": pgd(model, x_test, y_test, k / 255, **scale) for k in (4, 8)},
+        }
+        right = {
+            attack: (model(seen).argmax(dim=1) == y_test).float().mean().item() for attack, seen in judged.items()
+        }
         right["corrupted"] = mean_accuracy(corruption_accuracy(model, x_test, y_test, **scale))
         print(f"{name:26s}: right on " + ", ".join(f"{attack} {share:.2f}" for attack, share in right.items()))
-    print("(expect: clean above 0.9 for both; under PGD at 8/255 the plain one is mostly wrong, the other mostly right)")
+    print(
+        "(expect: clean above 0.9 for both; under PGD at 8/255 the plain one is mostly wrong, the other mostly right)"
+    )

@@ -1,97 +1,84 @@
 """Semantic sets: images in which every pixel has a label, and the augmentation that moves both alike.
 
 An image is resized between its pixels, a label map is not: half of "cat" and half of "grass" is no class. So
-labels are resized by nearest neighbour, cropped and flipped with the same draw as the image, and where the crop
-reaches beyond the scene the image gets the mean colour and the labels 255: a pixel that neither trains nor counts.
+labels are resized by nearest neighbor, cropped and flipped with the same draw as the image. Where the crop
+reaches beyond the scene, the image gets the mean color and the labels 255: such pixels neither train nor count.
 
     shapes   generated scenes; the background is a class
     ade20k   150 classes; 0 in the file, "other", is ignored
     coco     133 things and stuff, from a folder of masks
 
-Source: ADE20K, Zhou et al. 2016, arXiv 1608.05442; COCO's panoptic classes, Kirillov et al. 2018, arXiv 1801.00868;
-resized and cropped as mmsegmentation does. Written from the papers.
+Source: ADE20K, Zhou et al. 2016, arXiv 1608.05442; COCO's panoptic classes, Kirillov et al. 2018,
+arXiv 1801.00868; resized and cropped as mmsegmentation does. Written from the papers.
 Needs: torch, torchvision, tqdm; data.py, shapes.py.
-Demo: python semantic.py (a few seconds) saves semantic_demo.png: scenes, and what training sees of them in two epochs.
+Demo: python semantic.py (a few seconds) saves semantic_demo.png: scenes, and what training sees of them.
 """
 
 import json
 from pathlib import Path
 
 import torch
-from PIL import Image  # comes with torchvision
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import shapes
 from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, Scenes, seeded
 from shapes import Shapes
 
 IGNORE = 255
 DISTORTIONS = dict(brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05))
+FOLDERS = {  # layout -> folders of images and masks for training, then for validation
+    "ade20k": [("images/training", "annotations/training"), ("images/validation", "annotations/validation")],
+    "coco": [("train2017", "semantic_train2017"), ("val2017", "semantic_val2017")],
+}
+
+
+# ---------------------------------------------------------------------------- sets
 
 
 class SemanticFolder:
     """Images with a mask of class ids, in the layout of ADE20K or COCO.
 
-    ade20k  root/images/{training,validation}/NAME.jpg, root/annotations/{training,validation}/NAME.png. Mask value 0 is ignored,
-            1..150 become 0..149; names from root/objectInfo150.txt where there is one
-    coco    root/semantic_{train2017,val2017}/NAME.png says which images there are, root/{train2017,val2017}/NAME.jpg. Mask values are
-            category ids, which root/annotations/semantic_categories.json maps to 0..132; 0 is ignored
+    ade20k  root/images/{training,validation}/NAME.jpg, root/annotations/{training,validation}/NAME.png. Mask
+            value 0 is ignored, 1..150 become 0..149; names from root/objectInfo150.txt where there is one
+    coco    root/semantic_{train2017,val2017}/NAME.png names the images, root/{train2017,val2017}/NAME.jpg. Mask
+            values are category ids, which root/annotations/semantic_categories.json maps to 0..132; 0 is ignored
 
-    sample(i) -> image uint8 (3, H, W), labels uint8 (H, W): 0..K-1, or 255 to ignore. Grayscale images become RGB. ValueError in one
-    sentence for what is missing (at once) or does not fit (when it is read).
+    sample(i) -> image uint8 (3, H, W), labels uint8 (H, W): 0..K-1, or 255 to ignore. Grayscale becomes RGB.
+    ValueError for what is missing (at once) or does not fit (when it is read).
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
     def __init__(self, layout, root, train=True):
-        if layout not in ("ade20k", "coco"):
+        if layout not in FOLDERS:
             raise ValueError(f"data {layout!r} has no label for every pixel; choose shapes, ade20k or coco")
         if root is None:
             raise ValueError(f"data {layout!r} needs --data-path")
-        split = {"ade20k": ("validation", "training"), "coco": ("val2017", "train2017")}[layout][train]
-        folders = (f"images/{split}", f"annotations/{split}") if layout == "ade20k" else (split, f"semantic_{split}")
+        folders = FOLDERS[layout][0 if train else 1]
         for folder in folders:
             if not Path(root, folder).is_dir():
                 raise ValueError(f"data-path {str(root)!r} has no folder {folder}/; expected the layout of {layout}")
-        self.images, self.masks = (Path(root, folder) for folder in folders)
-        ids, self.classes = self.read_ade(Path(root)) if layout == "ade20k" else self.read_coco(Path(root))
-        self.table = torch.full((256,), -1)  # mask value -> label; -1: no such id
-        self.table[0], self.table[ids] = IGNORE, torch.arange(len(ids))
-        pictures, masks = ({file.stem for file in folder.glob(end)} for folder, end in ((self.images, "*.jpg"), (self.masks, "*.png")))
+        self.images, self.masks = Path(root, folders[0]), Path(root, folders[1])
+
+        # mask value -> label; -1: no such id
+        ids, self.classes = read_ade(Path(root)) if layout == "ade20k" else read_coco(Path(root))
+        self.table = torch.full((256,), -1)
+        self.table[0] = IGNORE
+        self.table[ids] = torch.arange(len(ids))
+
+        # every mask has an image; in ADE20K every image has a mask
+        images = {file.stem for file in self.images.glob("*.jpg")}
+        masks = {file.stem for file in self.masks.glob("*.png")}
         if not masks:
             raise ValueError(f"{self.masks} holds no *.png; expected a mask of class ids for each image")
-        for lonely, has, lacks in ((masks - pictures, "a mask", "image"), (pictures - masks if layout == "ade20k" else (), "an image", "mask")):
-            if lonely:
-                raise ValueError(f"{min(lonely)} (the first of {len(lonely)}) has {has} in {self.masks if lacks == 'image' else self.images} but no "
-                                 f"{lacks}; add what is missing or remove its partner")
+        check_partners(masks - images, "an image", self.images)
+        if layout == "ade20k":
+            check_partners(images - masks, "a mask", self.masks)
         self.names = sorted(masks)
-
-    @staticmethod
-    def read_ade(root):
-        """Ids 1..150 and their names, the first of the synonyms."""
-        file, ids = root / "objectInfo150.txt", list(range(1, 151))
-        if not file.is_file():
-            return ids, [f"class {k}" for k in ids]
-        names = [line.split("\t")[-1].split(",")[0].strip() for line in file.read_text().splitlines()[1:] if line.strip()]
-        if len(names) != len(ids):
-            raise ValueError(f"{file} names {len(names)} classes below its headline, not 150; restore or remove it")
-        return ids, names
-
-    @staticmethod
-    def read_coco(root):
-        file = root / "annotations" / "semantic_categories.json"
-        if not file.is_file():
-            raise ValueError(f"data-path {str(root)!r} has no annotations/semantic_categories.json, which says what the mask values mean")
-        try:
-            table = json.loads(file.read_text())["categories"]
-            numbers, ids, names = zip(*sorted((entry["train_id"], entry["id"], entry["name"]) for entry in table))
-            good = numbers == tuple(range(len(ids))) and {*ids} <= {*range(1, 256)} and len({*ids}) == len(ids)
-        except (ValueError, KeyError, TypeError):
-            good = False
-        if not good:
-            raise ValueError(f"{file} is no list of categories with name, id (1..255, each once) and train_id (from 0 without gaps); restore it")
-        return list(ids), list(names)
 
     def __len__(self):
         return len(self.names)
@@ -100,26 +87,71 @@ class SemanticFolder:
         return f"{self.names[i]}.jpg"
 
     def sample(self, i):
-        read, mask_file = [], self.masks / f"{self.names[i]}.png"
-        for path in (self.images / self.name(i), mask_file):
-            try:
-                with Image.open(path) as picture:
-                    mode = picture.mode
-                    read.append(v2.functional.pil_to_tensor(picture if path == mask_file else picture.convert("RGB")))
-            except BROKEN as error:
-                raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); repair it, or remove image and mask") from None
-        image, mask = read
-        if mode not in ("L", "P"):  # P: the numbers are ids, the palette is for the eye
-            raise ValueError(f"{mask_file}: a mask has one channel of 8 bits with class ids, this one has mode {mode}; convert it")
+        path, mask_path = self.images / self.name(i), self.masks / f"{self.names[i]}.png"
+        image = read(path, "RGB")
+        mask = read(mask_path)
         if image.shape[1:] != mask.shape[1:]:
-            (h, w), (height, width) = mask.shape[1:], image.shape[1:]
-            raise ValueError(f"{mask_file}: the mask is {h}x{w}, the image {height}x{width}; resize one of them (a mask by nearest neighbour)")
+            sizes = ["x".join(map(str, pixels.shape[1:])) for pixels in (mask, image)]
+            raise ValueError(f"{mask_path}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a "
+                             f"mask by "
+                             "nearest neighbor)")
         labels = self.table[mask[0].int()]
         if (labels < 0).any():
-            raise ValueError(f"{mask_file}: value {mask[0][labels < 0][0]} is none of the {len(self.classes)} ids; map it, or write 0 to ignore it")
+            raise ValueError(f"{mask_path}: value {mask[0][labels < 0][0]} is none of the {len(self.classes)} ids; "
+                             f"map it, "
+                             "or write 0 to ignore it")
         if (labels == IGNORE).all():
-            raise ValueError(f"{mask_file}: every pixel is 0, which is ignored; label some, or remove image and mask")
+            raise ValueError(f"{mask_path}: every pixel is 0, which is ignored; label some, or remove image and mask")
         return image, labels.to(torch.uint8)
+
+
+def read(path, convert=None):
+    """A file -> uint8 (C, H, W). convert None: a mask of 8 bits, whose numbers are ids; a palette is for the eye."""
+    try:
+        with Image.open(path) as picture:
+            if convert is None and picture.mode not in ("L", "P"):
+                raise ValueError(f"a mask has one channel of 8 bits with class ids, this one has mode {picture.mode}")
+            return v2.functional.pil_to_tensor(picture.convert(convert) if convert else picture)
+    except BROKEN as error:
+        raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); repair it, or remove image and mask") from None
+
+
+def check_partners(lonely, what, folder):
+    if lonely:
+        raise ValueError(f"{min(lonely)} (the first of {len(lonely)}) lacks {what} in {folder}; add it or remove its "
+                         "partner")
+
+
+def read_ade(root):
+    """-> ids 1..150 and their names, the first of the synonyms."""
+    file, ids = root / "objectInfo150.txt", list(range(1, 151))
+    if not file.is_file():
+        return ids, [f"class {k}" for k in ids]
+    lines = [line for line in file.read_text().splitlines()[1:] if line.strip()]
+    names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
+    if len(names) != len(ids):
+        raise ValueError(f"{file} names {len(names)} classes below its headline, not 150; restore or remove it")
+    return ids, names
+
+
+def read_coco(root):
+    """-> ids and names, in the order of train_id."""
+    file = root / "annotations" / "semantic_categories.json"
+    if not file.is_file():
+        raise ValueError(f"data-path {str(root)!r} has no annotations/semantic_categories.json, which says what the "
+                         "mask values mean")
+    try:
+        table = sorted(json.loads(file.read_text())["categories"], key=lambda entry: entry["train_id"])
+        ids, names = [entry["id"] for entry in table], [entry["name"] for entry in table]
+        good = [entry["train_id"] for entry in table] == list(range(len(ids)))
+        good = good and set(ids) <= set(range(1, 256)) and len(set(ids)) == len(ids)
+        good = good and len(ids) > 0 and all(isinstance(name, str) for name in names)
+    except (ValueError, KeyError, TypeError, RecursionError):
+        good = False
+    if not good:
+        raise ValueError(f"{file} is no list of categories with name, id (1..255, each once) and train_id (from 0 "
+                         "without gaps); restore it")
+    return ids, names
 
 
 class SemanticScenes(Scenes):
@@ -132,44 +164,55 @@ class SemanticScenes(Scenes):
         return scene["image"], scene["semantic"].to(torch.uint8)
 
 
-def open_semantic(name, path, train, img_size, size=4096, seed=0):
-    """The set `name` ("shapes", "ade20k", "coco"): len, sample(i), name(i), classes, mean, std. size is for shapes, as in open_source."""
+def open_semantic(name, path, train, img_size, size=4096, seed=0, scenes="crowded"):
+    """The set `name` ("shapes", "ade20k", "coco"): len, sample(i), name(i), classes, mean, std. size, scenes: of open_source."""
     if name == "shapes":
-        return SemanticScenes(size if train else max(1, size // 4), img_size, seed, train)
+        return SemanticScenes(size if train else max(1, size // 4), img_size, seed, train, scenes)
     return SemanticFolder(name, path, train)
 
 
+# ---------------------------------------------------------------------------- samples
+
+
 class Segmentations(Dataset):
-    """(epoch, index) -> (normalised image float (3, H, W), labels int64 (h, w)), every draw a function of (seed, epoch, index).
+    """(epoch, index) -> (normalized image float (3, H, W), labels int64 (h, w)); draws are functions of (seed, epoch, index).
 
-    img_size  S or (H, W); the shorter side of an image is measured against the smaller number
-    train     True: colours distorted, shorter side to S times a factor in scale_range, a crop of img_size, flipped or not. Where the image
-              is smaller than the crop it is padded, with the mean colour and label 255.
-              False: shorter side to S (the longer to at most 4 S), labels at their own size: for lists, as sizes differ (`as_lists`)
-    mean, std per channel in [0, 1]; default the source's
+    img_size     S or (H, W); the shorter side of an image is measured against the smaller number
+    train        True: colors distorted, shorter side to S times a factor in scale_range, a crop of img_size,
+                 flipped or not. Where the image is smaller than the crop it is padded, with the mean color and 255.
+                 False: shorter side to S (the longer to at most 4 S), labels at their own size: for lists
+    mean, std    per channel in [0, 1]; default the source's
 
-    Sizes and factors are mmsegmentation's for ADE20K. We leave out its retry of crops that are more than 75 % one class, and distort
-    before cropping, so that padding stays exactly zero. Colours are distorted by torchvision's ColorJitter, each kind in half of the images;
-    its RandomPhotometricDistort would also swap channels, which mmsegmentation does not.
+    Sizes and factors are mmsegmentation's for ADE20K. We differ: its retry of crops that are more than 75 % one
+    class is left out, and colors are distorted before cropping, so that padding stays exactly zero. Each kind of
+    ColorJitter acts on half of the images; torchvision's RandomPhotometricDistort would also swap channels.
     """
 
     def __init__(self, source, img_size, train, mean=None, std=None, seed=0, indices=None, scale_range=(0.5, 2.0)):
         self.source, self.train, self.seed = source, train, seed
         self.indices = range(len(source)) if indices is None else indices
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
-        low, high = (round(min(size) * scale) for scale in scale_range)
+        shorter = min(size)
+        low, high = (round(shorter * scale) for scale in scale_range)
         if not 1 <= low <= high:
-            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at least a pixel of {min(size)}; try (0.5, 2.0)")
+            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
+                             f"least a "
+                             f"pixel of {shorter}; try (0.5, 2.0)")
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
         if train:
+            fill = {tv_tensors.Image: list(mean), tv_tensors.Mask: IGNORE}
             self.transform = v2.Compose([
                 *(v2.RandomApply([v2.ColorJitter(**{kind: reach})]) for kind, reach in DISTORTIONS.items()),
-                v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True), to_float,
-                v2.RandomCrop(size, pad_if_needed=True, fill={tv_tensors.Image: list(mean), tv_tensors.Mask: IGNORE}),
-                v2.RandomHorizontalFlip(), normalize])
+                v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True),
+                to_float,
+                v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+                v2.RandomHorizontalFlip(),
+                normalize,
+            ])
         else:
-            self.transform = v2.Compose([v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True), to_float, normalize])
+            longest = max(4 * shorter, max(size))
+            self.transform = v2.Compose([v2.Resize(shorter, max_size=longest, antialias=True), to_float, normalize])
 
     def __len__(self):
         return len(self.indices)
@@ -184,23 +227,96 @@ class Segmentations(Dataset):
         return image.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor).long()
 
 
-if __name__ == "__main__":
-    from shapes import colour, save_grid
+# ---------------------------------------------------------------------------- pictures
 
+
+def palette(classes):
+    """A color per class, (K + 1, 3) in [0, 1], neighbors far apart; "background" is gray, the last (ignored) black."""
+    number = torch.arange(len(classes))
+    hue, turn = number * 0.381966 % 1, number % 3  # a golden angle apart; three shades take turns
+    colors = shapes.color(hue, 0.9 - 0.2 * turn, 0.35 + 0.15 * turn)
+    colors[[name == "background" for name in classes]] = 0.25
+    return torch.cat([colors, torch.zeros(1, 3)])
+
+
+def paint(labels, classes):
+    """A label map (h, w) -> its colors (3, h, w) in [0, 1]."""
+    labels = labels.cpu().long()
+    return palette(classes)[torch.where(labels == IGNORE, len(classes), labels)].permute(2, 0, 1)
+
+
+def draw_classes(image, labels, classes):
+    """An image uint8 (3, H, W) under the colors of its label map, with a legend -> uint8 (3, H + legend, W)."""
+    overlay = (0.4 * image + 0.6 * 255 * paint(labels, classes)).round().to(torch.uint8)
+    return v2.functional.pil_to_tensor(with_legend(v2.functional.to_pil_image(overlay), labels.unique(), classes))
+
+
+def with_legend(picture, numbers, classes):
+    """A PIL image with the names and colors of some classes below."""
+    colors, names = palette(classes), [*map(str, classes), "(ignored)"]
+    numbers = sorted({min(int(k), len(classes)) for k in numbers})
+    font = ImageFont.load_default(size=13)
+    page = Image.new("RGB", (picture.width, picture.height + 20 * len(numbers) + 24), "white")
+    page.paste(picture)
+    draw, x, y = ImageDraw.Draw(page), 6, picture.height + 4
+    for k in numbers:
+        width = 32 + font.getlength(names[k])
+        if x > 6 and x + width > page.width:
+            x, y = 6, y + 20
+        fill = tuple((colors[k] * 255).round().int().tolist())
+        draw.rectangle((x, y + 2, x + 12, y + 14), fill=fill, outline="gray")
+        draw.text((x + 18, y), names[k], fill="black", font=font)
+        x += width
+    return page.crop((0, 0, page.width, y + 24))
+
+
+def save_segments(path, images, labels, predictions, classes, cell=160, largest=320):
+    """A PNG with a row per image: image, truth, prediction, and below them the names of the classes that occur.
+
+    images (3, H, W) in [0, 1]; labels and predictions (h, w); sizes may differ. Of sides above `largest` every
+    second, third, ... pixel is shown
+    """
+    step = -(-max(max(truth.shape) for truth in labels) // largest)
+    truth = [paint(part[::step, ::step], classes) for part in labels]
+    predicted = [paint(part[::step, ::step], classes) for part in predictions]
+    inputs = []
+    for image, part in zip(images, truth, strict=True):
+        inputs.append(F.interpolate(image[None].cpu(), part.shape[1:], mode="bilinear", antialias=True)[0])
+
+    # one size for all, then the legend
+    height, width = (max(part.shape[side] for part in truth) for side in (1, 2))
+    columns = {}
+    for name, column in {"image": inputs, "truth": truth, "prediction": predicted}.items():
+        padded = [F.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=1.0) for p in column]
+        columns[name] = torch.stack(padded)
+    shapes.save_grid(path, columns, cell)
+    numbers = torch.cat([part.cpu().flatten().long() for part in (*labels, *predictions)]).unique()
+    with Image.open(path) as grid:
+        page = with_legend(grid.convert("RGB"), numbers, classes)
+    page.save(path)
+
+
+if __name__ == "__main__":
     source = SemanticScenes(5, 96)
     train = Segmentations(source, 64, train=True)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (Shapes.mean, Shapes.std))
-    hue = torch.arange(len(source.classes)) / len(source.classes)
-    colours = torch.cat([colour(hue, torch.tensor(0.8), torch.tensor(0.5)), torch.zeros(256 - len(hue), 3)])  # ignored: black
-    colours[0] = 0.3
+
+    # the scenes, and what training sees of them in two epochs
     columns = {}
-    for name, pairs in dict(scene=[source.sample(i) for i in range(5)], **{f"epoch {k}": [train[k, i] for i in range(5)] for k in (0, 1)}).items():
-        columns[name] = torch.stack([v2.functional.resize(image / 255 if image.dtype == torch.uint8 else image * std + mean, [96, 96]) for image, _ in pairs])
-        columns[f"{name}, labels"] = torch.stack([v2.functional.resize(colours[labels.long()].permute(2, 0, 1), [96, 96], v2.InterpolationMode.NEAREST)
-                                                  for _, labels in pairs])
-    save_grid("semantic_demo.png", columns)
-    images, labels = map(torch.stack, zip(*(train[0, i] for i in range(5))))
+    for epoch in (None, 0, 1):
+        name = "scene" if epoch is None else f"epoch {epoch}"
+        for i in range(5):
+            image, labels = source.sample(i) if epoch is None else train[epoch, i]
+            image = image / 255 if epoch is None else image * std + mean
+            for title, picture in ((name, image), (f"{name}, labels", paint(labels, source.classes))):
+                columns.setdefault(title, []).append(v2.functional.resize(picture, [96, 96]))
+    shapes.save_grid("semantic_demo.png", {title: torch.stack(pictures) for title, pictures in columns.items()})
+
+    pairs = [train[0, i] for i in range(5)]
+    images, labels = torch.stack([image for image, _ in pairs]), torch.stack([part for _, part in pairs])
     outside = labels == IGNORE
-    print(f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect True)")
-    print(f"{outside.sum()} pixels beyond the scenes, all zero after normalisation: {not images.movedim(1, -1)[outside].any()} (expect True)")
+    print(f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect "
+          f"True)")
+    zero = not images.movedim(1, -1)[outside].any()
+    print(f"{outside.sum()} pixels beyond the scenes, all zero after normalization: {zero} (expect True)")
     print("saved semantic_demo.png")

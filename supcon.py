@@ -1,4 +1,4 @@
-"""SupCon: whoever shares a label is a neighbour.
+"""SupCon: whoever shares a label is a neighbor.
 
 Cross-entropy gives every class one weight vector to point at. Contrastive learning compares images
 with each other: two random views of an image should lie close on the unit sphere, all other images
@@ -32,13 +32,19 @@ from torch import nn
 def supcon_loss(features, labels=None, temperature=0.1):
     """(1) to (3): mean loss of the views that have a positive in the batch, 0 if none has.
 
-    features (B, V, D), normalised here; labels (B,) or None (SimCLR) -> scalar, at least float32
+    features (B, V, D), normalized here; labels (B,) or None (SimCLR) -> scalar, at least float32
     """
     if features.ndim != 3 or features.shape[0] * features.shape[1] < 2:
-        raise ValueError(f"features {tuple(features.shape)} must be (B, V, D), V views of B images, with at least 2 views to compare")
+        raise ValueError(
+            f"features {tuple(features.shape)} must be (B, V, D), V views of B images, with at least 2 views to "
+            f"compare"
+        )
     batch, views = features.shape[:2]
     if labels is None and views < 2:
-        raise ValueError("without labels an image's only positives are its other views, but features hold 1 view; give labels or 2 views")
+        raise ValueError(
+            "without labels an image's only positives are its other views, but features hold 1 view; give labels or "
+            "2 views"
+        )
     if labels is not None and tuple(labels.shape) != (batch,):
         raise ValueError(f"labels {tuple(labels.shape)} must be ({batch},), one class number an image")
     if not temperature > 0:
@@ -80,8 +86,10 @@ class SupCon(nn.Module):
     def __init__(self, encoder, hidden=None, out=128, temperature=0.1):
         super().__init__()
         if not hasattr(encoder, "num_features"):
-            raise ValueError(f"{type(encoder).__name__} has no num_features, the width of its features; for torchvision's ResNets "
-                             "set encoder.num_features = encoder.fc.in_features, then encoder.fc = torch.nn.Identity()")
+            raise ValueError(
+                f"{type(encoder).__name__} has no num_features, the width of its features; for torchvision's ResNets "
+                "set encoder.num_features = encoder.fc.in_features, then encoder.fc = torch.nn.Identity()"
+            )
         if not temperature > 0:
             raise ValueError(f"temperature {temperature} must be positive; try 0.1")
         self.encoder, self.temperature = encoder, temperature
@@ -89,10 +97,16 @@ class SupCon(nn.Module):
 
     def forward(self, views, labels=None):
         if views.ndim < 3 or views.ndim == 4:  # four dimensions are images without the one of the views
-            raise ValueError(f"views {tuple(views.shape)} must be (B, V, C, H, W); stack two augmentations: torch.stack([a, b], dim=1)")
+            raise ValueError(
+                f"views {tuple(views.shape)} must be (B, V, C, H, W); stack two augmentations: torch.stack([a, b], "
+                f"dim=1)"
+            )
         features = self.encoder(rearrange(views, "b v ... -> (b v) ..."))  # one pass: BatchNorm sees all views
         if features.ndim != 2 or features.shape[1] != self.encoder.num_features:
-            raise ValueError(f"the encoder gives {tuple(features.shape)}, not (N, {self.encoder.num_features}); build it with num_classes=0")
+            raise ValueError(
+                f"the encoder gives {tuple(features.shape)}, not (N, {self.encoder.num_features}); build it with "
+                f"num_classes=0"
+            )
         features = rearrange(features, "(b v) d -> b v d", b=len(views))
         projections = F.normalize(self.head(features).float(), dim=-1)
         return Output(supcon_loss(projections, labels, self.temperature), features, projections)
@@ -138,14 +152,23 @@ if __name__ == "__main__":
         accuracy = (label_known[cosine.argmax(dim=1)] == label_new).float().mean()
         return cosine[same].mean(), cosine[~same].mean(), accuracy
 
-    models = {"untrained": make_model(), "without labels (SimCLR)": train(make_model(), False), "with labels (SupCon)": train(make_model(), True)}
+    models = {
+        "untrained": make_model(),
+        "without labels (SimCLR)": train(make_model(), False),
+        "with labels (SupCon)": train(make_model(), True),
+    }
     test = *points(500), *points(500)
     for name, model in models.items():
-        print("{:24s} cosine within a class {:5.2f}, between classes {:5.2f}; nearest neighbour has the right class {:.2f}".format(
-            name, *judge(model, *test)))
+        print(
+            "{:24s} cosine within a class {:5.2f}, between classes {:5.2f}; nearest neighbor has the right class "
+            "{:.2f}".format(
+                name, *judge(model, *test)
+            )
+        )
     print("(expect: without labels as many right as untrained, for views share the nuisance; with labels above 0.9)")
     try:
         import matplotlib
+
         matplotlib.use("Agg")
         import matplotlib.pyplot as plt
     except ImportError:
@@ -158,6 +181,8 @@ if __name__ == "__main__":
             radius = 1 + 0.12 * test[3][:, None]  # a ring per class, or they would hide one another
             axes.scatter(*(radius * z).T, c=test[3], cmap="tab10", vmax=9, s=6)
             axes.set(title=name, aspect="equal", xticks=[], yticks=[], xlim=(-1.5, 1.5), ylim=(-1.5, 1.5))
-        figure.suptitle("new points on the circle, coloured by class (each class drawn at its own radius)", fontsize=9)
+        figure.suptitle(
+            "new points on the circle, colored by class (each class drawn at its own radius)", fontsize=9
+        )
         figure.savefig("supcon_demo.png", dpi=110)
         print("saved supcon_demo.png")

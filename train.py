@@ -34,7 +34,7 @@ from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
-from training.flags import Parser, between, count, path, refuse
+from training.flags import Parser, between, count, path, positive, refuse
 from training.optim import lr_at, plan_steps
 from training.runs import Run, check_folder, same_flags, saved_flags
 from training.world import Stop, World
@@ -224,7 +224,7 @@ def parser_for(task):
     """The parser of one task: its own flags, and those of every task."""
     module = TASKS[task]
     parser = Parser(prog=f"train.py --task {task}", description=module.__doc__)
-    parser.set_defaults(task=task)
+    parser.add_argument("--task", choices=tuple(TASKS), default=task, help="this one")
     module.add_flags(parser.group(f"flags of --task {task}"))
     optim.optimizer_flags(parser.group("optimization"))
     run_flags(parser.group("the run"))
@@ -233,7 +233,8 @@ def parser_for(task):
 
 
 def run_flags(flag):
-    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under runs/)")
+    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under "
+                                                        "runs/)")
     flag("--resume", action="store_true", help="continue the run in --output-dir")
     flag("--seed", type=between(0, 2**32, int), default=0)
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
@@ -243,7 +244,7 @@ def run_flags(flag):
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
     flag("--compile", action="store_true", help="torch.compile")
     flag("--dry-run", action="store_true", help="print sizes and costs, train nothing, need no data")
-    flag("--tflops", type=between(0, 1e6), default=100.0, help="device speed that --dry-run assumes")
+    flag("--tflops", type=positive, default=100.0, help="device speed that --dry-run assumes")
 
 
 def find_task(argv):
@@ -270,7 +271,8 @@ def find_task(argv):
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
     if saved and saved.get("task") not in TASKS:
-        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of {', '.join(TASKS)}")
+        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of "
+                         f"{', '.join(TASKS)}")
     if saved and task not in (None, saved["task"]):
         raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
@@ -341,7 +343,8 @@ def start(args):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of memory; "
+        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of "
+                         f"memory; "
                          "continue with --resume and fewer --workers") from None
     finally:
         world.close()

@@ -20,8 +20,8 @@ from training.flags import between
 DEFAULTS = dict(epochs=6, batch_size=4, blr=0.064, beta2=0.999, warmup_epochs=0.25, clip_grad=1.0, layer_decay=1.0)
 FULL_HEADS = dict(rpn_post_nms_top_n_train=1000)  # all else as vit_mask_rcnn has it
 SMALL_HEADS = dict(channels=64, rpn_convs=1, box_convs=1, box_dim=256, mask_convs=2,
-                   rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500, rpn_post_nms_top_n_train=300,
-                   rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
+                   rpn_batch_size_per_image=64, rpn_pre_nms_top_n_train=1000, rpn_pre_nms_top_n_test=500,
+                   rpn_post_nms_top_n_train=300, rpn_post_nms_top_n_test=100, box_batch_size_per_image=32)
 METRICS = ("box_ap", "box_ap50", "mask_ap", "mask_ap50", "proposal_recall")
 
 
@@ -50,33 +50,37 @@ def add_dense_flags(flag, sets, global_blocks, jitter):
 def complete(args):
     coco.need_pycocotools()  # now, not after the first epoch
     if args.img_size and len(set(args.img_size)) > 1:
-        raise ValueError(f"--img-size {' '.join(map(str, args.img_size))} must be one number for --task detect: images "
+        raise ValueError(f"--img-size {' '.join(map(str, args.img_size))} must be one number for --task detect: "
+                         f"images "
                          "are padded to a square")
-    complete_dense(args, img_size=[128], patch_size=8)
+    complete_dense(args, "quarters", img_size=[128], patch_size=8)
     if (args.init_options.get("rel_pos_bias")) and args.no_rel_pos:
-        raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; drop "
+        raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; "
+                         f"drop "
                          "that flag")
-    if encoders.is_vit(args):
-        args.global_blocks = args.global_blocks or "quarters"
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0]
 
 
-def complete_dense(args, img_size, patch_size):
+def complete_dense(args, global_blocks, img_size, patch_size):
     """Model and sizes; what acts on a plain ViT only."""
     encoders.inherit(args, img_size=img_size, patch_size=patch_size)
     if encoders.is_vit(args):
+        args.global_blocks = args.global_blocks or global_blocks
         if args.window_size and len(args.window_size) > 1:
-            raise ValueError(f"--window-size {' '.join(map(str, args.window_size))} must be one number for a plain ViT")
+            raise ValueError(f"--window-size {' '.join(map(str, args.window_size))} must be one number for a plain "
+                             f"ViT")
         if args.window_size and args.global_blocks == "all":
-            raise ValueError(f"--window-size {args.window_size[0]} acts with --global-blocks quarters or none; drop one")
+            raise ValueError(f"--window-size {args.window_size[0]} acts with --global-blocks quarters or none; drop "
+                             f"one")
         encoders.complete(args, skip=("window_size",))
     else:
         for name in ("pyramid", "global_blocks", "no_rel_pos"):
             if getattr(args, name, None):
                 raise ValueError(f"--{name.replace('_', '-')} belongs to a plain ViT, not to {args.model}; drop it")
         if args.model in encoders.mixer.PRESETS:
-            raise ValueError(f"--model {args.model} has no map of features; choose a ViT, a hierarchical ViT or a ResNet")
+            raise ValueError(f"--model {args.model} has no map of features; choose a ViT, a hierarchical ViT or a "
+                             f"ResNet")
         encoders.complete(args)
     if args.eval_train and args.val_images is not None:
         raise ValueError(f"--val-images {args.val_images} acts on a validation set, not with --eval-train; drop one")
@@ -88,7 +92,7 @@ def complete_dense(args, img_size, patch_size):
 def open_scenes(args, train):
     if args.data == "shapes":
         size = args.data_size if train else max(1, args.data_size // 4)
-        return ShapeScenes(size, args.img_size[0], train=train, class_agnostic=args.class_agnostic)
+        return ShapeScenes(size, args.img_size[0], 0, train, args.class_agnostic, args.scenes)
     if args.data_path is None:
         raise ValueError("--data coco needs --data-path")
     return CocoImages(args.data_path, "train2017" if train else "val2017", args.class_agnostic)
@@ -188,28 +192,27 @@ def evaluate(model, loader, args, data, world):
 def save_picture(folder, model, args, data, rows=6, threshold=0.5):
     """Truth beside what is detected with a score above the threshold: boxes and masks."""
     device = next(model.parameters()).device
-    names = ["", *map(str, data.classes)]
+    names = list(map(str, data.classes))
     truth, detected = [], []
     for image, target in pictures.spread(data.val, rows):
         boxes, labels, masks = target["boxes"], target["labels"], target["masks"].bool()
-        truth.append(coco.draw_objects(image, boxes, labels, masks, names, "white"))
+        truth.append(pictures.draw_objects(image, boxes, labels, masks, names, "white"))
         out = model([image.to(device)])[0]
         keep = out["scores"] > threshold
         boxes, labels, masks = (out[name][keep].cpu() for name in ("boxes", "labels", "masks"))
-        detected.append(coco.draw_objects(image, boxes, labels, masks[:, 0] > 0.5, names, "yellow"))
+        detected.append(pictures.draw_objects(image, boxes, labels, masks[:, 0] > 0.5, names, "yellow"))
     pictures.save_grid(folder / "detections.png", {"truth": truth, f"score above {threshold:g}": detected})
 
 
 def predict(model, images, args, classes, threshold=0.05):
     """All objects with a score above the threshold: class, score, box x y w h, mask in COCO's run lengths."""
-    mask, *_ = coco.need_pycocotools()
     results = []
     for out in model(images):
         objects = []
         for k in torch.nonzero(out["scores"] >= threshold).flatten().tolist():
             label = out["labels"][k].item()
             x1, y1, x2, y2 = out["boxes"][k].tolist()
-            rle = coco.encode(mask, out["masks"][k, 0] > 0.5)
+            rle = coco.encode(out["masks"][k, 0] > 0.5)
             objects.append({
                 "class": str(classes[label - 1]),
                 "label": label,
@@ -229,5 +232,5 @@ def draw(image, prediction, classes, threshold=0.5):
     masks = [torch.from_numpy(mask.decode(item["segmentation"])).bool() for item in objects]
     masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
     labels = torch.tensor([item["label"] for item in objects], dtype=torch.long)
-    names = ["", *map(str, classes)]
-    return pictures.to_pil(coco.draw_objects(image, boxes, labels, masks, names, "yellow"))
+    names = list(map(str, classes))
+    return pictures.to_pil(pictures.draw_objects(image, boxes, labels, masks, names, "yellow"))

@@ -91,7 +91,7 @@ def method_options(args):
 
 
 def num_places(args):
-    """Patches of an image; of a hierarchical encoder those of its last stage. A random number for each makes the mask."""
+    """Patches of an image; of a hierarchical encoder those of its last stage."""
     return math.prod(side // args.stride for side in args.img_size)
 
 
@@ -108,7 +108,8 @@ def open_data(args, world):
     found = sources.open_images(args, world, need_val=False)
     needed = 2 if args.method == "mixmim" and args.fill != "mask" else 1
     if found.val is not None and len(found.val_indices) < needed * world.size:
-        raise ValueError(f"the validation set has {len(found.val_indices)} images for {world.size} processes, but each "
+        raise ValueError(f"the validation set has {len(found.val_indices)} images for {world.size} processes, but "
+                         f"each "
                          "needs two, to mix them; add images or leave the set out")
     transform = augmentation(args.augment, args.img_size, found.mean, found.std)
     train = Images(found.train, transform, args.seed, found.indices, num_places(args))

@@ -16,7 +16,7 @@ from semantic import Segmentations, open_semantic
 from tasks import Data
 from tasks.detection import (add_dense_flags, build_encoder, complete_dense, describe_positions, split_scenes,
                              synchronized)
-from training import encoders, pictures
+from training import pictures
 from training.flags import count
 
 DEFAULTS = dict(epochs=6, batch_size=16, blr=0.016, beta2=0.999, clip_grad=1.0, schedule="linear", layer_decay=1.0)
@@ -30,29 +30,30 @@ def add_flags(flag):
 
 
 def complete(args):
-    complete_dense(args, img_size=[64], patch_size=8)
-    if encoders.is_vit(args):
-        args.global_blocks = args.global_blocks or "all"
+    complete_dense(args, "all", img_size=[64], patch_size=8)
     args.channels = args.channels or (64 if args.heads == "small" else 512)
     if args.norm == "batch" and args.batch_size == 1:
-        raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; take "
+        raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; "
+                         "take "
                          "--norm group or at least 2")
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.5, 2.0]
     if args.jitter == [0, 0] and args.data != "shapes":
-        raise ValueError("--jitter 0 0 leaves images of different sizes, which do not stack; take --jitter 1 1 for crops "
+        raise ValueError("--jitter 0 0 leaves images of different sizes, which do not stack; take --jitter 1 1 for "
+                         "crops "
                          "without rescaling")
     if args.slide is not None and args.slide[1] > args.slide[0]:
-        raise ValueError(f"--slide {args.slide[0]} {args.slide[1]} must be window and step, the step at most the window, "
+        raise ValueError(f"--slide {args.slide[0]} {args.slide[1]} must be window and step, the step at most the "
+                         f"window, "
                          "such as 512 341")
 
 
 def open_data(args, world):
     size = tuple(args.img_size)
-    source = open_semantic(args.data, args.data_path, True, size, args.data_size)
+    source = open_semantic(args.data, args.data_path, True, size, args.data_size, scenes=args.scenes)
     held_out = None
     if not args.eval_train:
-        held_out = open_semantic(args.data, args.data_path, False, size, args.data_size)
+        held_out = open_semantic(args.data, args.data_path, False, size, args.data_size, scenes=args.scenes)
     found = split_scenes(args, source, held_out)
     jitter = None if args.jitter in (None, [0, 0]) else args.jitter
     train = Segmentations(found.train, size, jitter is not None, seed=args.seed, indices=found.indices,

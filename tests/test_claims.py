@@ -152,7 +152,7 @@ AGREEING = {
     "mirl-residual": (("MIRL", "plain deep supervision"), {
         "probe %": (45, 43), "error of main 1+4": (1.0, None), "error of residual 1+4": (1.3, None), "error of sum 1+4": (0.6, None),
         "variance of main 1+4": (0.7, None), "variance of residual 1+4": (0.4, None)}),
-    "mirl-truncate": (("random", "MAE", "MIRL"), {  # "negative optimisation in deeper layers": anew they are no worse, if anything better
+    "mirl-truncate": (("random", "MAE", "MIRL"), {  # "negative optimization in deeper layers": anew they are no worse, if anything better
         "0 anew %": (50, 60, 62), "2 anew %": (None, 60.4, 61), "4 anew %": (None, 60.2, 59), "8 anew %": (None, 58, 54)}),
     "mirl-layers": (("random", "MAE", "MIRL"), {
         "best block": (3, 15, 24), "best %": (38, 47, 49), "block 18 %": (35, 46, 47), "block 24 %": (34, 43, 49),

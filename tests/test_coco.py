@@ -9,9 +9,8 @@ from torchvision.transforms.functional import to_pil_image
 pytest.importorskip("pycocotools")
 
 import coco
-from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter, make_truth
+from coco import check_target, CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter, make_truth
 from data import as_lists
-from detect import check_target
 
 
 class Oracle(nn.Module):
@@ -125,7 +124,7 @@ def test_masks_are_kept_as_run_lengths(scenes, monkeypatch):
 
 @pytest.fixture
 def layout(tmp_path):
-    """Three images: an RGB one with an object and a crowd, a grey one with an object of the other class, an empty one."""
+    """Three images: an RGB one with an object and a crowd, a gray one with an object of the other class, an empty one."""
     (tmp_path / "train2017").mkdir()
     (tmp_path / "annotations").mkdir()
     for name, channels in (("a.jpg", 3), ("b.jpg", 1), ("c.jpg", 3)):
@@ -149,7 +148,7 @@ def test_a_data_set_in_cocos_layout_gives_contiguous_labels_no_crowds_and_typed_
     source = CocoImages(layout())
     assert source.classes == ["dog", "cat"] and source.ids == [2, 5] and source.image_ids == [3, 7, 9]
     samples = [source.sample(i) for i in range(3)]
-    assert [image.shape for image, _ in samples] == [(3, 30, 40)] * 3  # grey became RGB
+    assert [image.shape for image, _ in samples] == [(3, 30, 40)] * 3  # gray became RGB
     assert [target["labels"].tolist() for _, target in samples] == [[1], [2], []]
     torch.testing.assert_close(samples[0][1]["boxes"], torch.tensor([[5.0, 5, 15, 20]]))
     assert samples[0][1]["masks"].sum() == 150 and samples[2][1]["boxes"].shape == (0, 4) and samples[2][1]["masks"].shape == (0, 30, 40)
@@ -179,16 +178,16 @@ def test_a_crowd_is_neither_hit_nor_miss(layout):
 
 @pytest.mark.parametrize("change, words", [
     (lambda c: c["images"].append(dict(id=1, file_name="gone.jpg", height=1, width=1)), "gone.jpg"),
-    (lambda c: c["images"][0].update(height=31), "a.jpg: the annotations say 31x40"),
-    (lambda c: c["annotations"][0].update(category_id=99), "a.jpg: category_id 99"),
-    (lambda c: c["annotations"][0].update(bbox=[30, 5, 25, 15]), "a.jpg: a box reaches beyond"),
+    (lambda c: c["images"][0].update(height=31), "a.jpg: .*annotations say 31x40"),
+    (lambda c: c["annotations"][0].update(category_id=99), "category_id 99"),
+    (lambda c: c["annotations"][0].update(bbox=[30, 5, 25, 15]), "a.jpg: box"),
     (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 has no segmentation"),
     (lambda c: c["annotations"][0].pop("segmentation"), "annotation 1 has no segmentation"),
-    (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 has no image"),
-    (lambda c: c["images"][0].pop("height"), "a.jpg has no height"),
+    (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 has image_id"),
+    (lambda c: c["images"][0].pop("height"), "height"),
     (lambda c: c.pop("categories"), "no COCO annotation file"),
     (lambda c: c.pop("annotations"), "no COCO annotation file"),
-    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), "must be .x, y, width, height"),
+    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ".x, y, width, height"),
 ])
 def test_a_broken_annotation_is_named(layout, change, words):
     with pytest.raises(ValueError, match=words) as error:

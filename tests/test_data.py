@@ -47,7 +47,7 @@ def test_seeded_draws_depend_on_the_three_numbers_alone():
     assert all(not torch.equal(first[0], other) for other in others)
 
 
-def test_neighbouring_keys_do_not_share_random_streams():
+def test_neighboring_keys_do_not_share_random_streams():
     keys = [(s, e, i) for s in range(4) for e in range(6) for i in range(-1, 60)]
     draws = []
     for key in keys:
@@ -157,7 +157,7 @@ def test_a_rank_may_have_nothing_to_evaluate():
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 65), (16, 16)])
-def test_every_augmentation_gives_the_same_normalised_image_for_the_same_key(name, size):
+def test_every_augmentation_gives_the_same_normalized_image_for_the_same_key(name, size):
     source = Shapes(4, img_size=40)
     dataset = Images(source, augmentation(name, size, source.mean, source.std), seed=1, noise_size=3)
     torch.manual_seed(0)
@@ -178,7 +178,7 @@ def test_the_mask_noise_does_not_hang_on_the_augmentation():
     assert all(torch.equal(noises[0], noise) for noise in noises)
 
 
-def test_no_augmentation_normalises_by_hand():
+def test_no_augmentation_normalizes_by_hand():
     image = torch.full((3, 32, 32), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
     out = augmentation("none", (32, 32), (0.1, 0.2, 0.3), (0.5, 0.5, 0.1))(image)
     torch.testing.assert_close(out[:, 0, 0], torch.tensor([0.2, 0.0, -1.0]))

@@ -271,10 +271,10 @@ def test_the_weight_norm_counts_trainable_parameters_only():
 # ---------------------------------------------------------------------------- loss surface
 
 
-def test_a_direction_is_normalised_filter_by_filter():
+def test_a_direction_is_normalized_filter_by_filter():
     weight = nn.Parameter(torch.tensor([[[3.0, 4.0]], [[0.0, 0.0]], [[5.0, 12.0]]]))  # (3, 1, 2): filters of length 5, 0, 13
     noise = [torch.tensor([[[0.0, 2.0]], [[1.0, 1.0]], [[8.0, 6.0]]]), torch.ones(3)]
-    found, bias = geometry.filter_normalised(noise, [weight, nn.Parameter(torch.ones(3))])
+    found, bias = geometry.filter_normalized(noise, [weight, nn.Parameter(torch.ones(3))])
     torch.testing.assert_close(found, torch.tensor([[[0.0, 5.0]], [[0.0, 0.0]], [[10.4, 7.8]]]))
     assert bias.tolist() == [0, 0, 0]
 
@@ -311,7 +311,7 @@ def test_the_centre_of_a_surface_is_the_loss_itself():
 
 
 def test_a_surface_does_not_change_when_a_relu_net_is_rescaled_though_lambda_does():
-    """The same function with other weights: what filter normalisation is for (and why lambda needs the weight norm beside it)."""
+    """The same function with other weights: what filter normalization is for (and why lambda needs the weight norm beside it)."""
     torch.manual_seed(0)
     model, (x, y) = nn.Sequential(nn.Linear(4, 6, bias=False), nn.ReLU(), nn.Linear(6, 3, bias=False)), batch(4)
     loss_fn = cross_entropy(model, x, y)

@@ -134,7 +134,7 @@ def naive_block(block, x, window, shifted, source):
 ], ids=str)
 @pytest.mark.parametrize("shifted", [False, True])
 @pytest.mark.parametrize("sources", [0, 1, 2])  # none, one for the batch, one per image
-def test_a_window_block_is_attention_among_the_real_tokens_of_each_window(size, window, table, shifted, sources):
+def test_a_window_block_is_attention_among_the_tokens_of_each_window(size, window, table, shifted, sources):
     torch.manual_seed(0)
     block = stir(WindowBlock(8, 2, table, mlp_ratio=2, drop_path=0.0)).double()
     x = torch.randn(2, *size, 8, dtype=torch.float64)
@@ -332,12 +332,13 @@ def test_an_official_fine_tuning_state_loads_into_another_size():
         state[f"layers.0.blocks.{i}.attn.relative_position_index"] = torch.zeros(64, 64, dtype=torch.long)
     head = model.head.weight.clone()
     report = load_pretrained(model, {"model": state}, verbose=False)
-    tables = ["absolute_pos_embed", *(f"layers.0.blocks.{i}.attn.relative_position_bias_table" for i in (0, 1))]
+    biases = [f"layers.0.blocks.{i}.attn.relative_position_bias_table" for i in range(2)]
+    tables = ["absolute_pos_embed", *biases]
     assert sorted(report.resized) == tables and report.missing == ["head.weight", "head.bias"]
     loaded = model.state_dict()
     resized = resize_pos_embed(state["absolute_pos_embed"], (8, 8), (16, 16), prefix=0)
     assert torch.equal(loaded["absolute_pos_embed"], resized)
-    for name in tables[1:]:
+    for name in biases:
         image = state[name].T.view(1, 2, 15, 15)
         expected = F.interpolate(image, size=(7, 7), mode="bicubic", align_corners=False)
         torch.testing.assert_close(loaded[name].T.view(1, 2, 7, 7), expected)

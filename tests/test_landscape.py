@@ -64,7 +64,7 @@ def network(folder, name):
 
 
 def pictures(size, part, count):
-    """The first of the fixed shuffle, normalised by hand."""
+    """The first of the fixed shuffle, normalized by hand."""
     source, chosen = Shapes(size, 32, train=part), torch.randperm(size, generator=torch.Generator().manual_seed(0))[:count]
     mean, std = (torch.tensor(scale).view(3, 1, 1) for scale in (Shapes.mean, Shapes.std))
     return (source.images[chosen].float() / 255 - mean) / std, source.labels[chosen]

@@ -248,7 +248,7 @@ def test_enlarging_a_mask_repeats_every_entry_in_a_square():
 # ---------------------------------------------------------------------------- target and loss
 
 
-def test_normalised_patches_have_mean_zero_and_unbiased_variance_one():
+def test_normalized_patches_have_mean_zero_and_unbiased_variance_one():
     patches = 5 + 3 * torch.randn(4, 9, 48, generator=seeded(), dtype=torch.float64)
     target = normalize_patches(patches)
     torch.testing.assert_close(target.mean(-1), torch.zeros(4, 9, dtype=torch.float64), atol=1e-12, rtol=0)
@@ -257,7 +257,7 @@ def test_normalised_patches_have_mean_zero_and_unbiased_variance_one():
     torch.testing.assert_close(by_hand, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / (14 / 3 + 1e-6) ** 0.5)
 
 
-def test_a_flat_patch_normalises_to_zero():
+def test_a_flat_patch_normalizes_to_zero():
     assert normalize_patches(torch.full((1, 2, 48), 0.7)).abs().max() < 1e-3
 
 

@@ -41,7 +41,7 @@ def repaint(imgs, mask):
 
 
 def features(model, imgs):
-    """All normalised z_k of a real forward pass."""
+    """All normalized z_k of a real forward pass."""
     seen = []
     handles = [m.register_forward_hook(lambda *args: seen.append(args[2])) for m in [*model.norms, model.encoder.norm]]
     model(imgs, noise=noise())

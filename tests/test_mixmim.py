@@ -70,7 +70,7 @@ def without_gradient(model):
     return [name for name, p in trainable.items() if p.grad is None or not p.grad.any()]
 
 
-# ---------------------------------------------------------------------------- no prediction sees what it predicts
+# ---------------------------------------------------------------------------- no prediction sees its patch
 
 
 @every_encoder
@@ -80,7 +80,7 @@ def test_a_prediction_reads_exactly_the_other_part_of_its_own_image(name, batch,
     model = tiny(name, mask_per_cycle=mask_per_cycle)
     imgs = images(model, batch).requires_grad_()
     out = model(imgs)
-    for k, replaced in product(range(batch), (True, False)):  # predicted as image A of a mixture, then as image B
+    for k, replaced in product(range(batch), (True, False)):  # predicted as image A, then as image B
         predicted = (out.mask[k] > 0) == replaced
         pred = out.pred[k][predicted]
         grad, = torch.autograd.grad((pred * torch.randn_like(pred)).sum(), imgs, retain_graph=True)
@@ -120,7 +120,7 @@ def test_without_masked_attention_a_prediction_also_reads_the_partner_but_still_
 
 
 def block_outputs(model, imgs, row):
-    """The outputs of all blocks and mergings of a forward pass, as maps (B, h, w, d), and the mask on each map."""
+    """Outputs of all blocks and mergings as maps (B, h, w, d), the mask on each map, and the output."""
     encoder = model.encoder
     modules = list(encoder.blocks) if isinstance(encoder, ViT) else []
     for stage in getattr(encoder, "layers", []):
@@ -139,13 +139,14 @@ def block_outputs(model, imgs, row):
 @pytest.mark.parametrize("grad", [True, False], ids=["plain attention", "fused attention"])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("which", ["A", "B"])
-def test_the_pixels_of_one_image_reach_tokens_of_the_other_only_without_masked_attention(name, grad, masked, which):
+def test_pixels_reach_tokens_of_the_other_image_only_without_masked_attention(name, grad, masked, which):
     model = tiny(name, masked_attention=masked).eval()
     imgs, row = images(model, 3), noise(model)
     with torch.set_grad_enabled(grad):
         before, masks, out = block_outputs(model, imgs, row)
         other = imgs.clone()
-        other[0 if which == "A" else out.partner[0]] = torch.rand_like(imgs[0])  # one of the images of mixture 0
+        changed = 0 if which == "A" else out.partner[0]  # one of the images of mixture 0
+        other[changed] = torch.rand_like(imgs[0])
         after = block_outputs(model, other, row)[0]
     for a, b, mask in zip(after, before, masks, strict=True):
         same = (a[0] == b[0]).all(-1)
@@ -204,7 +205,8 @@ def test_every_patch_of_every_image_is_predicted_once_where_a_mask_token_was(bat
 
     def decode(x):
         inputs.append(x)
-        number = torch.arange(2.0 * batch * n).view(2 * batch, n, 1)  # sequences a_0 .. a_(B-1), b_0 .. b_(B-1)
+        # sequences a_0 .. a_(B-1), b_0 .. b_(B-1)
+        number = torch.arange(2.0 * batch * n).view(2 * batch, n, 1)
         return number.expand(-1, -1, 3 * model.patch_size**2)
 
     model.decode = decode
@@ -280,7 +282,8 @@ def test_a_given_mask_is_used_as_it_is_flat_or_as_a_grid(mask_per_cycle):
     flat = out.mask if mask_per_cycle else out.mask[0]
     for mask in (flat, flat.bool(), flat.unflatten(-1, (3, 5))):
         again = model(imgs, mask=mask)
-        assert torch.equal(again.mask, out.mask) and torch.equal(again.pred, out.pred) and again.loss == out.loss
+        assert torch.equal(again.mask, out.mask) and torch.equal(again.pred, out.pred)
+        assert again.loss == out.loss
 
 
 def test_a_given_mask_may_be_a_transposed_tensor():
@@ -521,7 +524,7 @@ def test_convert_official_renames_pretraining_and_leaves_finetuning():
     (dict(fill="mean"), "fill 'mean'"),
     (dict(decoder_num_heads=5), "decoder_embed_dim 16 .*decoder_num_heads 5"),
     (dict(decoder_embed_dim=18), "multiple of 4.*18"),
-    (dict(encoder=create_vit("vit_demo", depth=1, rel_pos_bias="shared", pos_embed=None)), "rel_pos_bias=None"),
+    (dict(encoder=create_vit("vit_demo", depth=1, rel_pos_bias="shared", pos_embed=None)), "rel_pos_bias"),
 ], ids=["fill", "decoder_num_heads", "decoder_embed_dim", "encoder"])
 def test_options_that_do_not_fit_are_refused_with_one_sentence(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
@@ -529,7 +532,7 @@ def test_options_that_do_not_fit_are_refused_with_one_sentence(wrong, words):
     assert one_line(error)
 
 
-@pytest.mark.parametrize("wrong", [dict(decoder_embed_dim=24, decoder_num_heads=5), dict(fill="mean")], ids=str)
+@pytest.mark.parametrize("wrong", [dict(decoder_num_heads=5), dict(fill="mean")], ids=str)
 @pytest.mark.parametrize("name", ["vit", "hierarchical"])
 def test_a_refused_option_leaves_the_encoder_as_it_was(wrong, name):
     if name == "vit":
@@ -563,10 +566,14 @@ SMALL_WINDOWS = dict(img_size=16, depths=(1,), num_heads=(2,), window_size=(2,))
 @pytest.mark.parametrize("encoder", [
     pytest.param(lambda: swin(**SMALL_WINDOWS), id="windows"),
     pytest.param(
-        lambda: swin(img_size=(24, 40), depths=(2, 1), shift=True), id="padded and shifted", marks=pytest.mark.slow
+        lambda: swin(img_size=(24, 40), depths=(2, 1), shift=True),
+        id="padded and shifted",
+        marks=pytest.mark.slow,
     ),
     pytest.param(
-        lambda: create_vit("vit_demo", img_size=16, embed_dim=24, depth=1), id="vit", marks=pytest.mark.slow
+        lambda: create_vit("vit_demo", img_size=16, embed_dim=24, depth=1),
+        id="vit",
+        marks=pytest.mark.slow,
     ),
 ])
 def test_compiling_it_breaks_no_graph_and_changes_no_number(encoder):
@@ -631,7 +638,8 @@ def test_reconstructed_patches_hold_nothing_hidden_unless_true_statistics_are_us
         assert same[where].all() and not same[k][~where[k]].any()
         assert same[torch.arange(3) != k].all()
         same = unchanged(model.reconstruct(changed, noise=rows, use_true_patch_statistics=True), leaky)
-        assert same[where].any() == (not model.norm_pix_loss)  # raw pixels need no statistics, so nothing leaks
+        # raw pixels need no statistics, so nothing leaks
+        assert same[where].any() == (not model.norm_pix_loss)
 
 
 @pytest.mark.parametrize("options", [dict(), dict(norm_pix_loss=False), *ABLATIONS], ids=str)
@@ -679,7 +687,7 @@ def test_it_overfits_a_few_images():
 
 @pytest.mark.slow
 def test_a_training_step_of_mixmim_b_uses_most_of_the_machine(capsys):
-    """224 px, batch 8, fp32, two threads: its share of the speed of large matrix products, measured alternately."""
+    """224 px, batch 8, fp32, two threads: its share of the speed of large matrix products, taking turns."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)

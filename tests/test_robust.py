@@ -24,7 +24,7 @@ def pixels_of(imgs, mean=MEAN, std=STD):
     return imgs * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
 
 
-def normalised(pixels, mean=MEAN, std=STD):
+def normalized(pixels, mean=MEAN, std=STD):
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
@@ -34,7 +34,7 @@ def net(seed=0):
 
 
 def batch(n=16, side=8):
-    return normalised(torch.rand(n, 3, side, side, generator=seeded())), torch.arange(n) % 4
+    return normalized(torch.rand(n, 3, side, side, generator=seeded())), torch.arange(n) % 4
 
 
 def each_loss(model, imgs, labels):
@@ -60,14 +60,14 @@ class Linear(nn.Module):
 def test_fgsm_on_a_linear_model_moves_every_pixel_by_eps_times_the_sign():
     model, labels = Linear(), torch.tensor([0, 1])
     pixels = 0.2 + 0.6 * torch.rand(2, 3, 4, 4, generator=seeded())
-    out = fgsm(model, normalised(pixels), labels, eps=0.05, random_start=False, mean=MEAN, std=STD)
+    out = fgsm(model, normalized(pixels), labels, eps=0.05, random_start=False, mean=MEAN, std=STD)
     sign = torch.stack([-model.w.sign(), model.w.sign()])
     torch.testing.assert_close(pixels_of(out) - pixels, 0.05 * sign.detach(), atol=1e-6, rtol=0)
 
 
 def test_with_a_random_start_and_a_step_twice_as_large_fgsm_reaches_the_same_corner():
     model, labels = Linear(), torch.tensor([0, 1])
-    imgs = normalised(0.2 + 0.6 * torch.rand(2, 3, 4, 4, generator=seeded()))
+    imgs = normalized(0.2 + 0.6 * torch.rand(2, 3, 4, 4, generator=seeded()))
     corner = fgsm(model, imgs, labels, 0.05, random_start=False, mean=MEAN, std=STD)
     torch.testing.assert_close(fgsm(model, imgs, labels, 0.05, alpha=0.1, mean=MEAN, std=STD), corner)
     torch.testing.assert_close(pgd(model, imgs, labels, 0.05, mean=MEAN, std=STD), corner)  # steps of eps / 4 reach it from anywhere
@@ -112,10 +112,10 @@ def test_more_restarts_never_lower_an_images_loss():
     assert (runs[1] >= runs[0] - 1e-4).all() and (runs[2] >= runs[1] - 1e-4).all() and (runs[2] > runs[0] + 1e-4).any()
 
 
-def test_mean_and_std_are_the_same_as_attacking_raw_pixels_of_a_model_that_normalises():
+def test_mean_and_std_are_the_same_as_attacking_raw_pixels_of_a_model_that_normalizes():
     model, (imgs, labels) = net(), batch(8)
     inside = pgd(model, imgs, labels, 0.05, mean=MEAN, std=STD, generator=seeded())
-    raw = pgd(lambda x: model(normalised(x)), pixels_of(imgs), labels, 0.05, generator=seeded())
+    raw = pgd(lambda x: model(normalized(x)), pixels_of(imgs), labels, 0.05, generator=seeded())
     close = (pixels_of(inside) - raw).abs() < 1e-5
     assert close.float().mean() > 0.99  # the sign of a gradient near 0 hangs on rounding
 
@@ -210,8 +210,8 @@ def test_images_of_a_batch_do_not_mix(name):
 
 @every_corruption
 def test_a_flat_grey_image_shows_the_noise_and_nothing_else(name):
-    grey = torch.full((64, 1, 32, 32), 128 / 255)
-    out = corrupt(grey, name, 2, seeded())
+    gray = torch.full((64, 1, 32, 32), 128 / 255)
+    out = corrupt(gray, name, 2, seeded())
     wanted = {"gaussian_noise": 0.06, "shot_noise": (128 / 255 / 250) ** 0.5}.get(name, 0)  # Poisson: variance of n / c is x / c
     assert out.mean().item() == pytest.approx(128 / 255, abs=1e-3) and out.std().item() == pytest.approx(wanted, rel=0.02, abs=1e-5)
 
@@ -249,7 +249,7 @@ def test_strengths_are_the_tables_at_32_and_224_pixels_and_between_them_in_betwe
 
 
 class Bright(nn.Module):
-    """Class 1 where the mean pixel is above 1/2; takes images normalised by MEAN, STD."""
+    """Class 1 where the mean pixel is above 1/2; takes images normalized by MEAN, STD."""
 
     def __init__(self):
         super().__init__()
@@ -260,9 +260,9 @@ class Bright(nn.Module):
         return torch.stack([self.threshold - mean, mean - self.threshold], dim=1)
 
 
-def test_accuracy_undoes_the_normalisation_and_counts_every_image_once():
+def test_accuracy_undoes_the_normalization_and_counts_every_image_once():
     level = torch.tensor([0.2, 0.3, 0.7, 0.8, 0.9])
-    imgs = normalised(level.view(5, 1, 1, 1).expand(5, 3, 32, 32))
+    imgs = normalized(level.view(5, 1, 1, 1).expand(5, 3, 32, 32))
     labels = torch.tensor([0, 0, 1, 1, 0])  # the last one is wrong
     table = corruption_accuracy(Bright().eval(), imgs, labels, MEAN, STD, batch_size=2)
     assert table == {name: [0.8] * 5 for name in CORRUPTIONS}  # none of them changes the brightness

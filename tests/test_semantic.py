@@ -14,7 +14,7 @@ from shapes import Shapes
 ROOT = Path(__file__).resolve().parents[1]
 
 def write(root, layout, names=("b", "a"), size=(30, 40), value=2, mode="L"):
-    """Two images, one of them grey, and masks: value, with a corner of 0."""
+    """Two images, one of them gray, and masks: value, with a corner of 0."""
     train, masks = ("images/training", "annotations/training") if layout == "ade20k" else ("train2017", "semantic_train2017")
     for folder in (train, masks, "annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
@@ -58,7 +58,7 @@ def spoil(case, root, images, masks):
         Image.new("L", (40, 30), 200).save(masks / "a.png")
     elif case == "ignored":
         Image.new("L", (40, 30), 0).save(masks / "a.png")
-    elif case == "colours":
+    elif case == "colors":
         Image.new("RGB", (40, 30)).save(masks / "a.png")
     elif case == "no image":
         (images / "a.jpg").unlink()
@@ -78,7 +78,7 @@ def spoil(case, root, images, masks):
 @pytest.mark.parametrize("layout", ["ade20k", "coco"])
 @pytest.mark.parametrize("case, words", [
     ("sizes", "a.png: the mask is 30x40, the image 30x41"), ("value", "a.png: value 200 "), ("ignored", "a.png: every pixel is 0"),
-    ("colours", "a.png: .* mode RGB"), ("no image", "a .the first of 1. has a mask"), ("no mask", "a .the first of 1. has an image"),
+    ("colors", "a.png .* mode RGB"), ("no image", "a .the first of 1. lacks an image"), ("no mask", "a .the first of 1. lacks a mask"),
     ("broken image", "cannot read .*a.jpg"), ("broken mask", "cannot read .*a.png"), ("no masks", "holds no"), ("no folder", "has no folder")])
 def test_a_bad_pair_is_named_in_one_sentence(tmp_path, layout, case, words):
     root, images, masks = write(tmp_path, layout)
@@ -166,7 +166,7 @@ def test_image_and_labels_stay_together_through_resizing_cropping_and_flipping()
             clear[3:-3, 3:-3] = (largest == smallest) & (largest < 255)
             assert ((read - labels).abs() < 0.05)[clear].all()
             compared += clear.sum().item()
-            assert (image[:, ~inside].abs() < 1e-6).all()  # padding: zero after normalisation
+            assert (image[:, ~inside].abs() < 1e-6).all()  # padding: zero after normalization
             row = labels[20][inside[20]]
             if len(row.unique()) > 1:
                 flips.add((row[-1] < row[0]).item())
@@ -206,7 +206,7 @@ def test_evaluation_leaves_labels_and_images_of_the_right_size_alone():
     assert [tuple(i.shape) for i in images] == [(3, 40, 60), (3, 20, 30)] and len(maps) == 2
 
 
-def test_colours_change_but_grey_stays_grey_and_channels_keep_their_order():
+def test_colors_change_but_grey_stays_grey_and_channels_keep_their_order():
     class Grey(Coded):
         def sample(self, i):
             image, labels = super().sample(i)

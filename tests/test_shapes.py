@@ -61,7 +61,7 @@ def test_every_shape_fits_the_unit_circle_and_its_known_area():
         assert (x**2 + y**2).expand(600, 600)[inside].max().sqrt() < 1.01, name
     assert float(AREAS[CLASSES.index("disc")]) == pytest.approx(torch.pi * 0.85**2, rel=0.01)
     assert float(AREAS[CLASSES.index("square")]) == pytest.approx(1.4**2, rel=0.02)
-    # ten triangles between the centre, a tip at 1 and a notch at 0.4, 36 degrees apart
+    # ten triangles between the center, a tip at 1 and a notch at 0.4, 36 degrees apart
     assert float(AREAS[CLASSES.index("star")]) == pytest.approx(5 * 0.4 * 0.5878, rel=0.02)
 
 
@@ -96,10 +96,10 @@ def test_boxes_are_tight_around_visible_masks_and_the_map_agrees_with_them(size)
 
 
 def test_shapes_stand_out_from_the_ground():
-    grey = torch.tensor([0.3, 0.59, 0.11])[:, None, None]
+    gray = torch.tensor([0.3, 0.59, 0.11])[:, None, None]
     for i in range(100):
         s = scene(i, 64)
-        luma = (s["image"] * grey).sum(0) / 255
+        luma = (s["image"] * gray).sum(0) / 255
         large = s["masks"][s["masks"].sum((1, 2)).argmax()].bool()
         assert (luma[large].mean() - luma[s["semantic"] == 0].mean()).abs() > 0.1
 
@@ -182,19 +182,11 @@ def test_shapes_is_the_training_set_as_floats():
     (lambda: render([0], img_size=(32, 32, 32)), r"img_size \(32, 32, 32\)"),
     (lambda: render([0], img_size=32.0), "img_size 32.0"),
     (lambda: render([0], img_size=None), "img_size None"),
-    (lambda: scene(-1), r"indices \[-1\]"),
-    (lambda: render([0.5]), r"indices \[0.5\]"),
-    (lambda: render([2**32]), "indices"),
-    (lambda: render(5), "indices 5"),
-    (lambda: scene(0, seed=-1), "seed -1"),
     (lambda: Shapes(seed=1.5), "seed 1.5"),
     (lambda: Shapes(size=-4), "size -4"),
     (lambda: Shapes(size=0), "size 0"),
     (lambda: Shapes(img_size=1024), "img_size 1024"),
-    (lambda: shapes(0), "n 0"),
-    (lambda: shapes(2.5), "n 2.5"),
     (lambda: save_grid("never.png", {}), "columns"),
-    (lambda: save_grid("never.png", {"a": torch.rand(3, 8, 8)}), "columns"),
     (lambda: save_grid("never.png", {"a": shapes(2), "b": shapes(3)}), "same number"),
 ])
 def test_bad_input_is_refused_in_one_sentence_that_names_it(call, words):

@@ -46,7 +46,8 @@ def encoder_flags(flag, init=True):
     flag("--drop-path", type=between(0, 1), help="stochastic depth of the last block")
     flag("--checkpointing", **switch, help="recompute activations: less memory, more time")
     if init:
-        flag("--init", type=path, metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, MIRL, MixMIM")
+        flag("--init", type=path, metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, "
+                                                       "BEiT, MIRL, MixMIM")
 
 
 def is_vit(args):
@@ -79,6 +80,8 @@ def build_encoder(args, skip=(), init_options=None):
     kind, preset = MODELS[args.model]
     names = [name for name in OPTIONS if name not in skip]
     options = options_for(kind, args, names, KINDS, [("class_token", "--no-class-token")])
+    if kind is hierarchical.HierarchicalViT and "num_heads" in options:  # a number per stage, the preset's
+        raise ValueError("--num-heads belongs to ViT, not to HierarchicalViT; drop it")
     if "img_size" in options:
         size = options["img_size"]
         if len(size) > 2:
@@ -114,7 +117,11 @@ def inherit(args, default_model="vit_demo", **defaults):
         take_over(args, file["args"])
     args.model = args.model or default_model
     if file and is_vit(args):
-        published_sizes(args, encoder_options(file))
+        try:
+            options = encoder_options(file)
+        except ValueError as error:
+            raise ValueError(f"--init {args.init}: {error}") from None
+        published_sizes(args, options)
     for name, value in defaults.items():
         if not named and getattr(args, name) is None:
             setattr(args, name, value)
@@ -143,11 +150,13 @@ def published_sizes(args, options):
     patch_size = options.pop("patch_size", args.patch_size)
     args.patch_size = args.patch_size or patch_size
     if patch_size != args.patch_size:
-        raise ValueError(f"--init {args.init} has patches of {patch_size} pixels, --patch-size is {args.patch_size}; use "
+        raise ValueError(f"--init {args.init} has patches of {patch_size} pixels, --patch-size is "
+                         f"{args.patch_size}; use "
                          f"--patch-size {patch_size}")
     dense = args.task in ("detect", "segment")
     if options.get("rel_pos_bias") == "block" and dense:
-        raise ValueError(f"--init {args.init} is a fine-tuned BEiT with a bias in every block, but --task {args.task} "
+        raise ValueError(f"--init {args.init} is a fine-tuned BEiT with a bias in every block, but --task "
+                         f"{args.task} "
                          "shares one; take the pre-trained file")
     if options.get("rel_pos_bias") and args.class_token is False:
         raise ValueError(f"--init {args.init} has a relative position bias, which --no-class-token has no place for; "
@@ -165,6 +174,10 @@ def complete(args, skip=()):
     if not isinstance(encoder, resnet.ResNet):
         args.patch_size, args.embed_dim = encoder.patch_size, encoder.embed_dim
         args.stride = encoder.stride  # pixels per token of the last stage
+    elif getattr(args, "layer_decay", None) not in (None, 1.0):
+        raise ValueError(f"--layer-decay {args.layer_decay:g} belongs to ViT, HierarchicalViT or Mixer, not to "
+                         f"ResNet; "
+                         "drop it")
     if isinstance(encoder, (vit.ViT, mixer.Mixer)):
         args.depth = len(encoder.blocks)
     if isinstance(encoder, vit.ViT):

@@ -10,6 +10,9 @@ import os
 import shlex
 
 
+RENAMED = {"--loss": "--task contrast for supcon, --task classify for cross-entropy"}  # flags of earlier versions
+
+
 def path(text):
     """A file or folder; ~ is the home folder."""
     return os.path.expanduser(text)
@@ -113,6 +116,8 @@ class Help(argparse.HelpFormatter):
 def refuse(word, task, parsers):
     """Why a flag is unknown: it belongs to other tasks, or it is misspelled. parsers: {task: Parser}"""
     name = word.split("=")[0]
+    if name in RENAMED:
+        raise ValueError(f"{name} is gone; use {RENAMED[name]}")
     owners = [other for other, parser in parsers.items() if name in parser.flags()]
     if owners:
         raise ValueError(f"{name} belongs to --task {' or '.join(owners)}, not to --task {task}; drop it")

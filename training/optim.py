@@ -79,7 +79,8 @@ def plan_steps(args, images, processes):
         return Plan(args.batch_size, 0, 0, 0, 0.0, 0.0)
     batches = images // (args.batch_size * processes)
     if batches == 0:
-        raise ValueError(f"--batch-size {args.batch_size} x {processes} processes is larger than the {images} training "
+        raise ValueError(f"--batch-size {args.batch_size} x {processes} processes is larger than the {images} "
+                         f"training "
                          f"images; use at most {images // processes}")
     if args.accum > batches:
         raise ValueError(f"--accum {args.accum} is larger than the {batches} batches of an epoch")

@@ -9,8 +9,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
 from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 import shapes
+
+COLORS = ("red", "lime", "blue", "orange", "magenta", "cyan")
 
 
 def spread(dataset, number):
@@ -65,3 +68,15 @@ def captioned(image, text, height=24):
     page.paste(picture)
     ImageDraw.Draw(page).text((4, picture.height + 4), text, fill="black", font=font)
     return page
+
+
+def draw_objects(image, boxes, labels, masks, names, color="yellow"):
+    """Boxes with the names of labels 1..K, and masks, on an image (uint8, or floats in [0, 1]) -> uint8 (3, H, W)."""
+    if image.is_floating_point():
+        image = (image * 255).round().to(torch.uint8)
+    if not len(boxes):
+        return image
+    colors = [COLORS[k % len(COLORS)] for k in range(len(masks))]
+    image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colors)
+    captions = [names[label - 1] for label in labels.tolist()]
+    return draw_bounding_boxes(image, boxes, captions, colors=color, width=1)

@@ -49,7 +49,8 @@ def saved_flags(folder):
         if not checkpoint.is_file():  # nothing was trained yet
             return {}
     if not isinstance(flags, dict) or not isinstance(flags.get("init_options"), dict | None):
-        raise ValueError(f"{path} does not hold the flags of a run; remove it if checkpoint.pt is there, or start anew "
+        raise ValueError(f"{path} does not hold the flags of a run; remove it if checkpoint.pt is there, or start "
+                         f"anew "
                          "in another folder")
     return flags
 
@@ -58,7 +59,8 @@ def same_flags(args, saved, source="the run's own"):
     """ValueError where a flag contradicts the run that goes on."""
     for name, value in vars(args).items():
         if name in saved and name not in FREE and value != saved[name]:
-            raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or start a "
+            raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or "
+                             f"start a "
                              "new run")
 
 
@@ -74,7 +76,8 @@ def check_folder(args, world):
     except OSError as error:
         raise ValueError(f"--output-dir {str(folder)[:80]} cannot be used: {error.strerror}") from None
     if taken and not args.resume:
-        raise ValueError(f"--output-dir {folder} already holds a run ({taken[0]}); choose another folder or add --resume")
+        raise ValueError(f"--output-dir {folder} already holds a run ({taken[0]}); choose another folder or add "
+                         f"--resume")
     if args.resume and not taken:
         world.say(f"no run in {folder} yet: this one starts there")
     world.gather(None)  # no rank creates it before every rank has looked
@@ -199,7 +202,8 @@ class Run:
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer of zip files
             if "DataLoader" in str(error):
                 raise
-            raise SystemExit(f"train.py: cannot write {self.folder / name} ({str(error).splitlines()[0]}); the previous "
+            raise SystemExit(f"train.py: cannot write {self.folder / name} ({str(error).splitlines()[0]}); the "
+                             f"previous "
                              "checkpoint is untouched, free some space and continue with --resume") from None
 
     def close(self, at):
@@ -231,7 +235,8 @@ class Run:
         self.world.say(f"  step {at.step}, lr {lr:.3g}: the loss or its gradient is not finite, step skipped "
                        f"({at.bad_steps} so far)")
         if gives_up:
-            raise SystemExit(f"train.py: the loss was not finite several times in a row, last at step {at.step} with lr "
+            raise SystemExit(f"train.py: the loss was not finite several times in a row, last at step {at.step} "
+                             f"with lr "
                              f"{lr:.3g}; try a smaller --lr, more --warmup-epochs or --clip-grad 1")
 
     def report_epoch(self, at):

@@ -13,7 +13,6 @@ from training.flags import count, path
 READ_BY = {  # flags that act on some sets only
     "data_path": ("cifar10", "cifar100", "folder", "coco", "ade20k"), "download": ("cifar10", "cifar100"),
     "skip_bad": ("folder",), "data_size": ("shapes",), "scenes": ("shapes",)}
-SHAPES = dict(data_size=4096, scenes="crowded")
 
 
 def source_flags(flag, sets):
@@ -21,7 +20,8 @@ def source_flags(flag, sets):
     flag("--data", choices=sets, default="shapes", help="image set")
     flag("--data-path", type=path, metavar="DIR", help="where it is")
     flag("--data-size", type=count, help="shapes: training scenes (default: 4096)")
-    flag("--scenes", choices=("simple", "crowded"), help="shapes: one large object, or several on a texture")
+    flag("--scenes", choices=("simple", "crowded"),
+         help="shapes: one large object, or several on a texture (default: crowded to detect and segment)")
     flag("--train-images", type=count, help="use the first N of a fixed shuffle; with --dry-run the size of the set")
     flag("--val-images", type=count, help="evaluate on the first N of a fixed shuffle")
 
@@ -30,7 +30,8 @@ def image_flags(flag):
     """The flags of tasks on whole images."""
     source_flags(flag, ("shapes", "cifar10", "cifar100", "folder"))
     flag("--download", action="store_true", default=None, help="let torchvision fetch CIFAR")
-    flag("--skip-bad", action="store_true", default=None, help="folder: replace unreadable images instead of stopping")
+    flag("--skip-bad", action="store_true", default=None, help="folder: replace unreadable images instead of "
+                                                               "stopping")
     flag("--stats", action="store_true", help="measure mean and std on the data instead of taking the set's own")
 
 
@@ -42,12 +43,12 @@ def complete(args):
     """Refuse flags of another set; the defaults of generated scenes."""
     for name, sets in READ_BY.items():
         if getattr(args, name, None) is not None and args.data not in sets:
-            raise ValueError(f"--{name.replace('_', '-')} belongs to --data {' or '.join(sets)}, not to {args.data}; drop "
+            raise ValueError(f"--{name.replace('_', '-')} belongs to --data {' or '.join(sets)}, not to "
+                             f"{args.data}; drop "
                              "it or name the set")
     if args.data == "shapes":
-        for name, value in SHAPES.items():
-            if getattr(args, name) is None:
-                setattr(args, name, value)
+        args.data_size = args.data_size or 4096
+        args.scenes = args.scenes or ("crowded" if args.task in ("detect", "segment") else "simple")
 
 
 class Sources(NamedTuple):
@@ -62,7 +63,7 @@ class Sources(NamedTuple):
 def open_images(args, world, need_val=True):
     """Training and validation set of whole images, opened and, where small, decoded."""
     options = dict(name=args.data, path=args.data_path, img_size=tuple(args.img_size), size=args.data_size,
-                   skip_bad=args.skip_bad)
+                   scenes=args.scenes, skip_bad=args.skip_bad)
     # rank 0 downloads, the others wait
     if args.download and not world.main:
         world.gather(None)
