@@ -1,6 +1,6 @@
 """Frozen runs: do two versions of this repository train the same weights from the same flags?
 
-A dozen short runs on a CPU, each some 16 steps of a tiny model, that together pass through every task. Of each
+Fourteen short runs on a CPU, each some 16 steps of a tiny model, that together pass through every task. Of each
 run this records the hash of its final weights and the numbers of its log. Hashes depend on the machine and on the
 version of torch, so nothing is stored here: run it for both versions on one machine, then compare.
 
@@ -10,7 +10,8 @@ version of torch, so nothing is stored here: run it for both versions on one mac
     python tests/frozen.py --compare old.json new.json
 
 Style old is the command line of commit d75e5b4 and before; style new is that of today. Every flag that changes a
-number is given, so that defaults may change. New keys in a log are reported, but are no difference.
+number is given, so that defaults may change; only `default` is what a run without --task does. New keys in a log
+are reported, but are no difference.
 """
 
 import argparse
@@ -40,6 +41,7 @@ DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 1 --augm
 ADAMW = "--optimizer adamw --beta2 0.999 --blr 8e-3"
 CLASSIFY = f"{IMAGES} --augment padcrop --layer-decay 1.0"
 DENSE = f"{SHARED} --data-size 16 --batch-size 4 --epochs 4 --norm group --heads small --accum 1 --clip-grad 1 {ADAMW}"
+SEGMENT = f"--task segment {DENSE} {PYRAMID} --schedule linear --channels 16"
 PRETRAIN = f"--task pretrain {IMAGES} {DECODER} --accum 1 --optimizer adamw --beta2 0.95 --blr 8e-3"
 
 
@@ -52,6 +54,7 @@ class Frozen(NamedTuple):
 
 
 RUNS = {
+    "default": Frozen(f"{MACHINE} --data-size 256 --epochs 2"),
     "mae": Frozen(f"{PRETRAIN} {VIT} --method mae --mask-ratio 0.75"),
     "mirl": Frozen(f"{PRETRAIN} {VIT} --method mirl --mask-ratio 0.75 --segments 2"),
     "mixmim": Frozen(f"{PRETRAIN} {HIERARCHICAL} --method mixmim --mask-ratio 0.5 --fill mix"),
@@ -60,7 +63,7 @@ RUNS = {
         " --label-smoothing 0.1 --pool mean --epochs 4"),
     "init": Frozen(
         f"--task classify {IMAGES} --augment padcrop {VIT} {ADAMW} --accum 1 --layer-decay 0.7 --label-smoothing 0.1"
-        " --pool cls --init mirl/checkpoint.pt", after="mirl"),
+        " --img-size 48 32 --pool cls --init mirl/checkpoint.pt", after="mirl"),
     "probe": Frozen(
         f"{MACHINE} --data shapes --data-size 64 --batch-size 16 --epochs 4 --schedule cosine --warmup-epochs 0.5"
         " --min-lr 1e-5 --weight-decay 0 --eval-every 2 --optimizer adamw --beta2 0.999 --blr 0.2 --accum 1 --pool mean"
@@ -74,8 +77,11 @@ RUNS = {
         " --adversarial --attack-eps 4 --eval-corruptions --eval-pgd"),
     "contrast": Frozen(
         f"{CLASSIFY} {VIT} {ADAMW} --accum 1", "--task classify --loss supcon", "--task contrast --scenes crowded"),
-    "detect": Frozen(f"--task detect {DENSE} {PYRAMID} --schedule cosine --global-blocks quarters", new=""),
-    "segment": Frozen(f"--task segment {DENSE} {PYRAMID} --schedule linear --global-blocks all --channels 16", new=""),
+    "detect": Frozen(f"--task detect {DENSE} {PYRAMID} --schedule cosine --global-blocks quarters"),
+    "segment": Frozen(f"{SEGMENT} --global-blocks all"),
+    "transfer": Frozen(
+        f"{SEGMENT} --global-blocks quarters --window-size 3 --slide 32 16 --eval-flip --jitter 0.5 2 --layer-decay 0.7"
+        " --init mirl/checkpoint.pt", after="mirl"),
     "ranks": Frozen(f"{PRETRAIN} {VIT} --method mirl --mask-ratio 0.75 --segments 2 --data-size 128", processes=2),
 }
 
@@ -134,9 +140,9 @@ def run_all(repo, style, names):
 
             # record
             if done.returncode:
-                error = done.stderr.strip()[-2000:]
+                error = done.stderr.strip()[-4000:]
                 results[name] = dict(error=error)
-                print(f"{name:10} {seconds:5.1f} s  failed: {error}", flush=True)
+                print(f"{name:10} {seconds:5.1f} s  failed: {error.splitlines()[-1]}", flush=True)
                 continue
             run = Path(folder) / name
             weights, log = weights_hash(run), log_numbers(run)

@@ -141,6 +141,16 @@ def test_init_from_a_checkpoint_of_ours_without_its_flags(pretrained, tmp_path):
     assert "val_acc" in log(tmp_path / "run")[-1]
 
 
+def test_a_file_that_changed_between_two_runs_is_read_again(pretrained, tmp_path):
+    file = tmp_path / "start.pt"
+    loaded = []
+    for scale in (1.0, 2.0):
+        state = {name: scale * value for name, value in weights(pretrained).items()}
+        torch.save({"model": state}, file)
+        loaded.append(built(f"{CLASSIFY} --init {file}").model.blocks[0].attn.qkv.weight)
+    torch.testing.assert_close(loaded[1], 2 * loaded[0])
+
+
 # ---------------------------------------------------------------------------- attacks and corruptions
 
 

@@ -56,9 +56,9 @@ def test_one_process_and_two_agree(two_processes, tmp_path, monkeypatch, job):
 
     # rank 0 alone writes
     assert [line.keys() for line in single] == [line.keys() for line in double]
-    assert single[0]["loss"] == pytest.approx(double[0]["loss"], abs=1e-5)
+    assert single[0]["loss"] == pytest.approx(double[0]["loss"], abs=2e-5)
     # every sample counts once
-    assert single[-1]["val_loss"] == pytest.approx(double[-1]["val_loss"], abs=1e-5)
+    assert single[-1]["val_loss"] == pytest.approx(double[-1]["val_loss"], abs=2e-5)
     assert single[-1].get("val_acc") == double[-1].get("val_acc")
     assert_close(weights(tmp_path), weights(two_processes[0] / job), 1e-5)
 

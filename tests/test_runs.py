@@ -93,15 +93,15 @@ def test_python_train_py_works_on_a_fresh_clone_in_about_a_minute(tmp_path):
     assert done.returncode == 0, done.stderr
     last = epochs(tmp_path / "runs/0001")[-1]
     probe, random = percents(done.stdout)[-2:]
-    assert last["val_loss"] < last["baseline"] and probe > random + 5
+    assert last["val_loss"] < last["baseline"] and probe > random + 2
     assert seconds < 200  # 100 s on two free cores
 
 
 def test_a_run_says_device_precision_size_batch_and_learning_rate(tmp_path, capsys):
     start(f"{PRETRAIN} --blr 0.004 --accum 4", tmp_path)
     out = capsys.readouterr().out
-    parameters = sum(value.numel() for value in weights(tmp_path).values())
-    assert "cpu" in out and "fp32" in out and f"{parameters:,}" in out
+    learning = sum(param.numel() for param in built(PRETRAIN).model.parameters() if param.requires_grad)
+    assert "cpu" in out and "fp32" in out and f"{learning:,}" in out
     assert re.search(r"\b32\b", out) and "0.0005" in out  # 8 x 4 images a step, 0.004 * 32 / 256
 
 
