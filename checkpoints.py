@@ -397,7 +397,6 @@ if __name__ == "__main__":
 
     from vit import ViT
 
-    torch.manual_seed(0)
     small = dict(patch_size=4, embed_dim=32, depth=2, num_heads=2)
     beit = dict(pos_embed=None, layer_scale=0.1, num_classes=0, **small)
     trained = ViT(img_size=16, num_classes=0, **small).state_dict()

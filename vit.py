@@ -7,12 +7,9 @@ sequence. A class token, or the mean of the patch tokens, represents the image.
     z   = z + Attention(LN z),  then  z = z + MLP(LN z)           (2)   pre-norm block
     Attention(z) = softmax(q k^T / sqrt(d) + bias) v, then proj   (3)   bias: BEiT only
 
-Deep and narrow (S-54: 54 blocks) is the same code as wide and shallow (B: 12 blocks).
-
 Source: Dosovitskiy et al. 2021, arXiv 2010.11929; presets S-54, B-24, B-48 from MIRL, arXiv 2309.14136;
 initialization and sin-cos table of MAE, arXiv 2111.06377; layer scale and relative position bias of BEiT,
-arXiv 2106.08254. Written from the papers. Parameters have timm's and MAE's names, so published checkpoints
-load by key (see checkpoints.py).
+arXiv 2106.08254. Written from the papers, with timm's and MAE's parameter names, for checkpoints.py.
 Needs: torch, torchvision, einops.
 Demo: python vit.py (10 s on a CPU) learns to find a cross among dots, and prints where the class token looks.
 """
@@ -29,9 +26,7 @@ from torchvision.ops import StochasticDepth
 PRESETS = {  # keyword arguments of ViT
     "vit_demo": dict(img_size=32, patch_size=4, embed_dim=96, depth=12, num_heads=3),
     "vit_ti16": dict(embed_dim=192, depth=12, num_heads=3),
-    # DeiT's and timm's S, 6 heads of 64. MoCo v3's and MIRL's has 12 heads of 32 and the same shapes, but
-    # other outputs: create_vit("vit_s16", num_heads=12)
-    "vit_s16": dict(embed_dim=384, depth=12, num_heads=6),
+    "vit_s16": dict(embed_dim=384, depth=12, num_heads=6),  # DeiT, timm; MoCo v3 and MIRL: num_heads=12
     "vit_b16": dict(embed_dim=768, depth=12, num_heads=12),
     "vit_l16": dict(embed_dim=1024, depth=24, num_heads=16),
     "vit_h14": dict(patch_size=14, embed_dim=1280, depth=32, num_heads=16),
@@ -53,24 +48,19 @@ def check_choice(name, value, choices):
 
 
 def attention(q, k, v, bias=None):
-    """(3) without proj, by the fused kernel where it is the fastest.
-
-    q (B, h, N, d); k, v (B, h, M, d); bias broadcasts to (B, h, N, M) -> (B, h, N, d)
-    """
+    """(3) without proj: q (B, h, N, d); k, v (B, h, M, d); bias (B, h, N, M) or broadcast -> (B, h, N, d)."""
     on_cpu = q.device.type == "cpu"
-    # On a CPU the bf16 kernel is several times slower than the fp32 one below about 500 tokens.
-    # Autocast would cast back to bf16, so it is off for this one call.
+    # On a CPU the bf16 kernel is several times slower below 500 tokens; autocast would cast back to bf16
     if on_cpu and q.dtype == torch.bfloat16 and k.shape[2] < 512:
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()
             return attention(q.float(), k.float(), v.float(), bias).to(q.dtype)
-
     if bias is not None:
         bias = bias.to(q.dtype)
         # the fused CPU kernel has no gradient for a bias; torch's fallback is slower than this
         if on_cpu and bias.requires_grad:
-            attn = (q * q.shape[-1] ** -0.5 @ k.mT + bias).softmax(dim=-1)
-            return attn.to(v.dtype) @ v
+            logits = q * q.shape[-1] ** -0.5 @ k.mT + bias
+            return logits.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
 
 
@@ -86,7 +76,6 @@ class Attention(nn.Module):
             add_bias_table(self, window, num_heads)
 
     def inputs(self, x, bias):
-        """q, k, v (B, h, N, d), and the given bias plus the block's."""
         # chunk before rearranging: the backward pass then joins the three gradients in one copy, not in two
         parts = self.qkv(x).chunk(3, dim=-1)
         q, k, v = (rearrange(part, "b n (h d) -> b h n d", h=self.num_heads) for part in parts)
@@ -100,8 +89,7 @@ class Attention(nn.Module):
         """The softmax of (3) itself, (B, h, N, N), which the fused kernel does not return."""
         q, k, _, bias = self.inputs(x, bias)
         logits = q @ k.mT * q.shape[-1] ** -0.5
-        if bias is not None:
-            logits = logits + bias
+        logits = logits if bias is None else logits + bias
         return logits.float().softmax(dim=-1)
 
 
@@ -127,10 +115,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path else nn.Identity()
-        self.gamma_1 = self.gamma_2 = None  # layer scale, under BEiT's names
-        if layer_scale is not None:
-            self.gamma_1 = nn.Parameter(torch.full((dim,), float(layer_scale)))
-            self.gamma_2 = nn.Parameter(torch.full((dim,), float(layer_scale)))
+        for name in ("gamma_1", "gamma_2"):  # layer scale, under BEiT's names
+            gamma = None if layer_scale is None else nn.Parameter(torch.full((dim,), float(layer_scale)))
+            self.register_parameter(name, gamma)
 
     def forward(self, x, bias=None):
         out = self.attn(self.norm1(x), bias)
@@ -151,22 +138,16 @@ class PatchEmbed(nn.Module):
 
 
 class ViT(nn.Module):
-    """Plain Vision Transformer: (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes=0."""
+    """Vision Transformer: (B, C, H, W) -> logits (B, num_classes), or features (B, D) if num_classes=0."""
 
     def __init__(
         self,
-        img_size=224,  # int or (H, W); inputs of other sizes work too: the position table is resized on the fly
-        patch_size=16,
-        in_chans=3,
-        num_classes=1000,
-        embed_dim=768,
-        depth=12,
-        num_heads=12,
-        mlp_ratio=4.0,
+        img_size=224,  # int or (H, W); for inputs of other sizes the position table is resized on the fly
+        patch_size=16, in_chans=3, num_classes=1000,
+        embed_dim=768, depth=12, num_heads=12, mlp_ratio=4.0,
         drop_path=0.0,  # stochastic depth at the last block, growing linearly from 0 at the first
         pool="cls",  # "cls": class token after `norm`; "mean": mean of the patch tokens, then `fc_norm`
-        class_token=True,
-        pos_embed="learned",  # "learned", "sincos" (fixed 2-D table, frozen) or None
+        class_token=True, pos_embed="learned",  # "learned", "sincos" (fixed 2-D table, frozen) or None
         rel_pos_bias=None,  # None, "shared" (BEiT pre-training) or "block" (BEiT fine-tuning)
         layer_scale=None,  # initial value of the per-channel residual gains (BEiT-B: 0.1)
         checkpointing=False,  # recompute each block in the backward pass: less memory, a third more time
@@ -178,12 +159,14 @@ class ViT(nn.Module):
         check_choice("pos_embed", pos_embed, ("learned", "sincos", None))
         check_choice("rel_pos_bias", rel_pos_bias, ("shared", "block", None))
         check_choice("weight_init", weight_init, ("mae", "jax"))
+        if weight_init == "jax" and pos_embed == "sincos":
+            raise ValueError("weight_init 'jax' learns its positions; use pos_embed='learned', not 'sincos'")
         self.img_size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         self.patch_size, self.in_chans = patch_size, in_chans
         self.embed_dim, self.num_heads = embed_dim, num_heads
         self.stride, self.num_features = patch_size, embed_dim  # of an output token, as in every encoder
         self.grid_size = self.grid(*self.img_size)  # (gh, gw)
-        self.checkpointing, self.weight_init = checkpointing, weight_init
+        self.checkpointing, self.weight_init, self.pool = checkpointing, weight_init, None
         self.has_relative_bias = rel_pos_bias is not None
 
         # (1)
@@ -196,16 +179,14 @@ class ViT(nn.Module):
             self.fix_pos_embed()
 
         # (2), (3)
-        self.rel_pos_bias = None
-        if rel_pos_bias == "shared":
-            self.rel_pos_bias = nn.Module()
+        self.rel_pos_bias = nn.Module() if rel_pos_bias == "shared" else None
+        if self.rel_pos_bias is not None:
             add_bias_table(self.rel_pos_bias, self.grid_size, num_heads)
         window = self.grid_size if rel_pos_bias == "block" else None
-        rates = [drop_path * i / max(depth - 1, 1) for i in range(depth)]
-        self.blocks = nn.ModuleList(
-            Block(embed_dim, num_heads, mlp_ratio, rate, window, layer_scale) for rate in rates
-        )
-        self.pool = None
+        self.blocks = nn.ModuleList()
+        for i in range(depth):
+            rate = drop_path * i / max(depth - 1, 1)
+            self.blocks.append(Block(embed_dim, num_heads, mlp_ratio, rate, window, layer_scale))
         self.reset_classifier(num_classes, pool)
         init_vit(self, weight_init)
 
@@ -214,15 +195,15 @@ class ViT(nn.Module):
         p = self.patch_size
         for size in (height, width):
             if size == 0 or size % p:
-                lower = max(size // p, 1) * p
-                raise ValueError(f"img_size {size} is not a multiple of patch_size {p}; try {lower} or {lower + p}")
+                low = max(size // p, 1) * p
+                fits = f"{low} or {low + p}"
+                raise ValueError(f"img_size {size} is not a multiple of patch_size {p}; try {fits}")
         return height // p, width // p
 
     def embed(self, x, ids_keep=None):
         """(1): (B, C, H, W) -> (B, 1 + N, D). ids_keep (B, n) keeps these patches only: (B, 1 + n, D)."""
         grid = self.grid(*x.shape[-2:])
-        x = self.patch_embed(x)
-        pos, cls = self.pos_embed, self.cls_token
+        x, pos, cls = self.patch_embed(x), self.pos_embed, self.cls_token
         prefix = int(cls is not None)
         if pos is not None:
             if grid != self.grid_size:
@@ -230,8 +211,11 @@ class ViT(nn.Module):
             x = x + pos[:, prefix:]
             cls = cls + pos[:, :1] if prefix else None
         if ids_keep is not None:
-            x = x.gather(1, ids_keep[..., None].expand(-1, -1, x.shape[-1]))
-        return x if cls is None else torch.cat([cls.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+            x = x.gather(1, ids_keep[..., None].expand(-1, -1, self.embed_dim))
+        if cls is None:
+            return x
+        cls = cls.expand(x.shape[0], -1, -1).to(x.dtype)
+        return torch.cat([cls, x], dim=1)
 
     def forward_blocks(self, x, start=0, stop=None, bias=None):
         """Blocks start to stop - 1. bias: added to the attention logits, such as 0 / -inf for a mask."""
@@ -252,7 +236,6 @@ class ViT(nn.Module):
         x = self.embed(x)
         if layers is None and not return_attn:
             return self.norm(self.forward_blocks(x))
-
         numbers = range(len(self.blocks))
         chosen = numbers if layers is None else [numbers[i] for i in layers]  # IndexError if there is none
         bias = with_relative_bias(self.rel_pos_bias, None)
@@ -292,26 +275,25 @@ class ViT(nn.Module):
 
     def fix_pos_embed(self):
         """Replace the position table by the fixed sin-cos one and freeze it, as MAE and MIRL do."""
-        table = sincos_pos_embed(self.embed_dim, *self.grid_size, cls_token=self.cls_token is not None)
-        table = table[None].to(self.patch_embed.proj.weight.device)
-        self.pos_embed = nn.Parameter(table, requires_grad=False)
+        table = sincos_pos_embed(self.embed_dim, *self.grid_size, cls_token=self.cls_token is not None)[None]
+        self.pos_embed = nn.Parameter(table.to(self.patch_embed.proj.weight.device), requires_grad=False)
 
     def drop_class_token(self):
         """Keep patch tokens only, pooled by their mean."""
-        if self.has_relative_bias:
-            raise ValueError("rel_pos_bias has rows for the class token; build the encoder with rel_pos_bias=None")
         if self.cls_token is None:
             return
+        if self.has_relative_bias:
+            raise ValueError("rel_pos_bias has rows for the class token; build with rel_pos_bias=None")
         self.cls_token = None
         self.reset_classifier(self.num_classes, pool="mean")
         if self.pos_embed is not None:
-            table = self.pos_embed.detach()[:, 1:].clone()
-            self.pos_embed = nn.Parameter(table, self.pos_embed.requires_grad)
+            table = self.pos_embed
+            self.pos_embed = nn.Parameter(table.detach()[:, 1:].clone(), table.requires_grad)
 
     def prepare_for_masking(self):
         """For masked pre-training: the last norm but no head, fixed and frozen positions."""
         if self.has_relative_bias:
-            raise ValueError("masking leaves no full grid for rel_pos_bias; build the encoder with rel_pos_bias=None")
+            raise ValueError("masking leaves no full grid for rel_pos_bias; build with rel_pos_bias=None")
         self.reset_classifier(0, pool="cls")
         self.fix_pos_embed()
 
@@ -336,7 +318,6 @@ def init_vit(model, weight_init):
             nn.init.normal_(token, std=0.02)
     if weight_init == "mae":
         return
-
     # what JAX does differently: zero head and class token, q, k, v each by itself, MLP biases not quite zero
     model.reset_classifier(model.num_classes)
     if model.cls_token is not None:
@@ -354,14 +335,14 @@ def init_vit(model, weight_init):
 def sincos_pos_embed(dim, gh, gw, cls_token=True):
     """MAE's fixed 2-D table (1 + gh gw, dim), zeros for the class token.
 
-    First half of the channels: the COLUMN, second half: the row (MoCo v3: the other way round). Each half has
-    sines, then cosines, at dim / 4 frequencies 10000^(-j / (dim / 4)).
+    First half of the channels: the COLUMN, second half: the row (MoCo v3: the reverse). Each half has sines,
+    then cosines, at dim / 4 frequencies 10000^(-j / (dim / 4)).
     """
     if dim % 4:
-        raise ValueError(f"a sin-cos position table needs a width that is a multiple of 4, got {dim}")
+        raise ValueError(f"width {dim} is not a multiple of 4, as the sin-cos position table needs")
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
-    row, col = torch.meshgrid(torch.arange(gh), torch.arange(gw), indexing="ij")
-    row, col = row.reshape(-1, 1) * frequency, col.reshape(-1, 1) * frequency  # (gh gw, dim / 4)
+    row = torch.arange(gh).repeat_interleave(gw)[:, None] * frequency  # (gh gw, dim / 4)
+    col = torch.arange(gw).repeat(gh)[:, None] * frequency
     table = torch.cat([col.sin(), col.cos(), row.sin(), row.cos()], dim=1).float()
     return torch.cat([torch.zeros(1, dim), table]) if cls_token else table
 
@@ -378,40 +359,35 @@ def resample(rows, old, new):
 
 def resize_pos_embed(pos_embed, old_grid, new_grid, prefix=1):
     """A position table (1, prefix + gh gw, D) for another grid; the prefix rows stay."""
-    head, grid = pos_embed[0, :prefix], pos_embed[0, prefix:]
-    return torch.cat([head, resample(grid, old_grid, new_grid).to(head.dtype)])[None]
+    head, rows = pos_embed[0, :prefix], pos_embed[0, prefix:]
+    rows = resample(rows, old_grid, new_grid).to(head.dtype)
+    return torch.cat([head, rows])[None]
 
 
 def relative_position_index(gh, gw):
-    """Which row of the bias table each pair of tokens reads, (1 + N, 1 + N), class token first.
-
-    Rows 0 to (2 gh - 1)(2 gw - 1) - 1 are the offsets, row-major; then cls to token, token to cls, cls to cls,
-    as in BEiT's code.
-    """
-    offsets, cols = (2 * gh - 1) * (2 * gw - 1), 2 * gw - 1
+    """The row of the bias table for each pair of tokens, (1 + N, 1 + N), class token first."""
+    cols = 2 * gw - 1
     with torch.device("cpu"):  # real numbers even when the model is on meta: no state dict holds them
-        place = (cols * torch.arange(gh)[:, None] + torch.arange(gw)).flatten()
+        place = torch.cartesian_prod(torch.arange(gh), torch.arange(gw)) @ torch.tensor([cols, 1])
         index = F.pad(place[:, None] - place + place[-1], (1, 0, 1, 0))
-    index[0] = offsets
-    index[:, 0] = offsets + 1
-    index[0, 0] = offsets + 2
+    offsets = (2 * gh - 1) * cols  # BEiT's order: these, row-major; then cls to token, token to cls, cls to cls
+    index[0], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
     return index
 
 
 def add_bias_table(module, window, num_heads):
     """BEiT's relative position bias: one learned number per head and 2-D offset."""
-    gh, gw = window
-    table = torch.zeros((2 * gh - 1) * (2 * gw - 1) + 3, num_heads)
+    index = relative_position_index(*window)
+    table = torch.zeros(math.prod(2 * side - 1 for side in window) + 3, num_heads)
     module.relative_position_bias_table = nn.Parameter(table)
-    module.register_buffer("relative_position_index", relative_position_index(gh, gw), persistent=False)
+    module.register_buffer("relative_position_index", index, persistent=False)
 
 
 def with_relative_bias(module, bias):
     """bias (None: zero) plus that of the module's table, if it has one, (h, 1 + N, 1 + N)."""
     if not hasattr(module, "relative_position_bias_table"):
         return bias
-    table = module.relative_position_bias_table[module.relative_position_index]
-    table = rearrange(table, "n m h -> h n m")
+    table = module.relative_position_bias_table[module.relative_position_index].permute(2, 0, 1)
     return table if bias is None else bias + table
 
 
@@ -421,8 +397,7 @@ if __name__ == "__main__":
     cross = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0], [0, 1, 1, 0], [1, 0, 0, 1]])
     colors = torch.rand(10, 3)[..., None, None]
 
-    def scenes(n):
-        """Images (n, 3, 16, 16), the color of the cross, the patch of the cross."""
+    def scenes(n):  # images (n, 3, 16, 16), color and patch of the cross
         label, place = torch.randint(10, (n,)), torch.randint(16, (n,))
         patches = colors[torch.randint(10, (n, 16))] * (1 - cross)  # (n, 16, 3, 4, 4)
         patches[torch.arange(n), place] = colors[label] * cross
@@ -430,17 +405,14 @@ if __name__ == "__main__":
 
     model = create_vit("vit_demo", img_size=16, depth=4, num_classes=10)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    for step in range(201):
+    for _ in range(200):
         imgs, label, _ = scenes(64)
         loss = F.cross_entropy(model(imgs), label)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        if step % 50 == 0:
-            print(f"step {step:3d}  loss {loss.item():.2f}")
-
-    imgs, label, place = scenes(256)
     with torch.no_grad():
+        imgs, label, place = scenes(256)
         accuracy = (model(imgs).argmax(dim=1) == label).float().mean()
         attn = model.forward_features(imgs, return_attn=True)[1][-1]  # of the last block
     share = attn[torch.arange(256), :, 0, 1 + place].mean()
