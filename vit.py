@@ -339,7 +339,7 @@ def sincos_pos_embed(dim, gh, gw, cls_token=True):
     then cosines, at dim / 4 frequencies 10000^(-j / (dim / 4)).
     """
     if dim % 4:
-        raise ValueError(f"width {dim} is not a multiple of 4, as the sin-cos position table needs")
+        raise ValueError(f"a sin-cos position table needs a width that is a multiple of 4, got {dim}")
     frequency = 10000.0 ** -(torch.arange(dim // 4, dtype=torch.float64) / (dim / 4))
     row = torch.arange(gh).repeat_interleave(gw)[:, None] * frequency  # (gh gw, dim / 4)
     col = torch.arange(gw).repeat(gh)[:, None] * frequency
@@ -370,7 +370,7 @@ def relative_position_index(gh, gw):
     with torch.device("cpu"):  # real numbers even when the model is on meta: no state dict holds them
         place = torch.cartesian_prod(torch.arange(gh), torch.arange(gw)) @ torch.tensor([cols, 1])
         index = F.pad(place[:, None] - place + place[-1], (1, 0, 1, 0))
-    offsets = (2 * gh - 1) * cols  # BEiT's order: these, row-major; then cls to token, token to cls, cls to cls
+    offsets = (2 * gh - 1) * cols  # BEiT: these, row-major; then cls to token, token to cls, cls to cls
     index[0], index[1:, 0], index[0, 0] = offsets, offsets + 1, offsets + 2
     return index
 
