@@ -42,6 +42,7 @@ Demo: python sam.py (a few seconds on a CPU) saves sam_demo.png.
 import math
 import warnings
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -128,6 +129,7 @@ class SAM(torch.optim.Optimizer):
         if zero_grad:
             self.zero_grad()
 
+    @torch.no_grad()
     def _base_step(self, losses=(), model=None):
         """The base optimizer's step if gradients and losses are finite. Returns the losses as floats."""
         grads = [p.grad for p in self._params() if p.grad is not None]
@@ -211,7 +213,7 @@ class SAM(torch.optim.Optimizer):
         return [self._copies[p] for p in params]
 
     def _params(self):
-        return [p for group in self.param_groups for p in group["params"]]
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
     def _set_grads(self, grads):
         """Give every parameter its gradient of this list; None removes all."""
