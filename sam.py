@@ -1,8 +1,8 @@
 """SAM: settle in a wide valley, not in a narrow crack.
 
-A minimum that is low at one point only generalizes badly. Sharpness-aware minimization looks for a point whose
-whole neighborhood is low: climb to (about) the worst point within radius rho, take the gradient there, then step
-from where you stood.
+A minimum that is low at one point only generalizes badly. Sharpness-aware minimization looks for a point
+whose whole neighborhood is low: climb to (about) the worst point within radius rho, take the gradient there,
+then step from where you were.
 
     eps = rho * g / ||g||                  (1)   g = grad L(w); one norm over all parameters
     w  <- base step with grad L(w + eps)   (2)   SGD, AdamW, ...; eps is treated as a constant
@@ -18,49 +18,52 @@ It costs two forward-backward passes per step and one copy of the parameters.
         return loss
     loss = optimizer.step(closure)          # the loss at w
 
-Dropout should drop the same units in both passes: call torch.manual_seed(step) first thing in the closure.
-Under DDP pass the wrapped model, optimizer.step(closure, model=ddp): each process then climbs with the gradient of
-its own batch (m-sharpness, as in the paper), and only the second gradient is averaged. Gradient accumulation: give
-a list of closures, one per micro-batch. BatchNorm statistics move in the first pass only. A step whose loss or
-gradient is not finite is skipped. fp16 with a GradScaler takes the two halves, for a backward() that scales the
-loss and unscales the gradients:
+The closure should draw the same dropout in both passes: begin it with torch.manual_seed(step). BatchNorm
+statistics move in the first pass only. A step whose loss or gradient is not finite is skipped. Under DDP pass
+the wrapped model, optimizer.step(closure, model=ddp): each process climbs with the gradient of its own batch
+(m-sharpness, as in the paper), and only the second gradient is averaged. fp16 needs a GradScaler and the two
+halves; here, backward() scales the loss and unscales the gradients:
 
-    backward(); optimizer.first_step(zero_grad=True); scaler.update()
+    backward()                              # DDP: inside ddp.no_sync()
+    optimizer.first_step(zero_grad=True)
+    scaler.update()
     with batchnorm_held(model):
         backward()
-    optimizer.second_step(zero_grad=True); scaler.update()
+    optimizer.second_step(zero_grad=True)
+    scaler.update()
 
 We differ: weight decay is the base optimizer's alone; the official code has it in the loss, so in (1) too.
 
-Source: Foret et al. 2021, arXiv 2010.01412; ViT and Mixer: Chen et al. 2022, arXiv 2106.01548; ASAM: Kwon et al.
-2021, arXiv 2102.11600. Written from the papers. Needs: torch.
+Source: Foret et al. 2021, arXiv 2010.01412; ViT and Mixer: Chen et al. 2022, arXiv 2106.01548; ASAM: Kwon et
+al. 2021, arXiv 2102.11600. Written from the papers. Needs: torch.
 Demo: python sam.py (a few seconds on a CPU) saves sam_demo.png.
 """
 
 import math
 import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import chain
 
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.nn.utils import get_total_norm
 
 
 class SAM(torch.optim.Optimizer):
-    """Sharpness-aware minimization around any torch optimizer class whose step needs no closure.
+    """Sharpness-aware minimization around a torch optimizer class.
 
-    params          parameters or groups, each group with its own rho (0: stays in place, but counts in the norm)
-    base_optimizer  the class; base_kwargs are its arguments
+    params          parameters or groups; a group may have its own rho (0: not perturbed, but in the norm)
+    base_optimizer  the class, such as torch.optim.AdamW; base_kwargs are its arguments
     rho             radius (1); ResNets want a small one, ViTs and Mixers more, fewer devices more
     adaptive        ASAM (3); its rho is some ten times larger
 
     param_groups and state are the base optimizer's own, so schedulers, state_dict and resuming work as usual.
-    `last` holds grad_norm (that of (1) or (3)), first_loss, second_loss and skipped of the last step, for the log.
-    ValueError for a negative rho and for steps called in the wrong order.
+    `last` describes the last step, for the log: grad_norm (of (1) or (3)), first_loss, second_loss, skipped.
     """
 
     def __init__(self, params, base_optimizer, rho=0.05, adaptive=False, **base_kwargs):
-        is_class = isinstance(base_optimizer, type) and issubclass(base_optimizer, torch.optim.Optimizer)
+        is_class = isinstance(base_optimizer, type)
         if not is_class or issubclass(base_optimizer, (SAM, torch.optim.LBFGS)):
             raise ValueError("base_optimizer must be an optimizer class whose step needs no closure, such as "
                              f"torch.optim.SGD, got {str(base_optimizer).splitlines()[0]}")
@@ -74,109 +77,123 @@ class SAM(torch.optim.Optimizer):
 
     @torch.no_grad()
     def first_step(self, zero_grad=False):
-        """(1) or (3): climb from w to w + eps. A gradient that is not finite moves nothing, and second_step skips."""
-        if self._moved is not None:
+        """(1) or (3): climb from w to w + eps. If a gradient is not finite, stay; second_step will skip."""
+        if self._climbed is not None:
             raise ValueError("first_step was called twice; call second_step after the second backward pass")
 
-        # the direction uphill: the gradient, for ASAM scaled by w^2, of which the norm takes one factor
-        climbs = []
+        # the direction uphill: g, for ASAM |w| g
+        climbs, directions = [], []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
-            direction = [p.grad for p in params]
-            if params and group["adaptive"]:
-                direction = torch._foreach_mul(direction, params)
-            climbs.append((group, params, direction))
-        norm = get_total_norm([g for *_, direction in climbs for g in direction]).item()
-        if not any(params for _, params, _ in climbs):
-            raise ValueError("no parameter has a gradient; does the closure call loss.backward(), on these parameters?")
-        self.last = dict(grad_norm=norm)
-        self._skip = not math.isfinite(norm)
+            if params:
+                uphill = [p.grad for p in params]
+                if group["adaptive"]:
+                    uphill = torch._foreach_mul(uphill, params)
+                climbs.append((group, params, uphill))
+                directions += uphill
+        if not directions:
+            raise ValueError("no parameter has a gradient; does the closure call loss.backward()?")
 
-        # remember w, then climb to the local maximum
-        self._moved = []
-        for group, params, direction in climbs:
-            if self._skip or not params or group["rho"] == 0:
-                continue
-            if group["adaptive"]:
-                torch._foreach_mul_(direction, params)
+        # one norm over all parameters; .item() is the only wait for the device in this half
+        norm = get_total_norm(directions).item()
+        self.last = dict(grad_norm=norm, skipped=not math.isfinite(norm))
+
+        self._climbed = []
+        for group, params, uphill in climbs if math.isfinite(norm) else []:
+            # keep w
             torch._foreach_copy_(self._memory(params), params)
-            self._moved += params
-            uphill = -1 if group.get("maximize") else 1
-            torch._foreach_add_(params, direction, alpha=uphill * group["rho"] / (norm + 1e-12))
+            self._climbed += params
+
+            # climb to the local maximum; where the objective is to be large, the worst point is downhill
+            if group["adaptive"]:
+                torch._foreach_mul_(uphill, params)
+            sign = -1 if group.get("maximize") else 1
+            torch._foreach_add_(params, uphill, alpha=sign * group["rho"] / (norm + 1e-12))
         if zero_grad:
             self.zero_grad()
 
     @torch.no_grad()
     def restore(self):
-        """Back from w + eps to w, bit for bit."""
-        if self._moved is None:
-            raise ValueError("there is no first_step to undo; call first_step after the first backward pass")
-        if self._moved:
-            torch._foreach_copy_(self._moved, self._memory(self._moved))
-        self._moved = None
+        """Back to w, bit for bit."""
+        if self._climbed:
+            torch._foreach_copy_(self._climbed, self._memory(self._climbed))
+        self._climbed = None
 
     @torch.no_grad()
     def second_step(self, zero_grad=False):
-        """Back to w, then (2). Nothing is stepped on if a gradient of either half is not finite."""
+        """(2): back to w, then the base optimizer's step, unless a gradient of either half is not finite."""
+        if self._climbed is None:
+            raise ValueError("there is no first_step to undo; call first_step after the first backward pass")
         self.restore()
-        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        if not grads:
-            raise ValueError("no parameter has a gradient after the second pass; call loss.backward() in both")
-        self._skip = self._skip or not math.isfinite(get_total_norm(grads).item())
-        self.last["skipped"] = self._skip
-        if not self._skip:
-            self.base_optimizer.step()
-        self._opt_called = True  # learning rate schedulers look for it
+        self._base_step()
         if zero_grad:
             self.zero_grad()
 
+    @torch.no_grad()
+    def _base_step(self, losses=(), model=None):
+        """The base optimizer's step if gradients and losses are finite. Returns the losses as floats."""
+        grads = [p.grad for p in self._params() if p.grad is not None]
+        if not grads:
+            raise ValueError("no parameter has a gradient after the second pass; call loss.backward() in it")
+        norm = get_total_norm(grads)
+        numbers = torch.stack([norm, *(loss.to(norm.device) for loss in losses)])
+        fault = self.last["skipped"] + numbers.isfinite().logical_not().sum()
+
+        # each process has its own losses and its own first gradient: all of them step, or none
+        if hasattr(model, "no_sync"):
+            torch.distributed.all_reduce(fault, group=model.process_group)
+
+        # .tolist() is the only wait for the device in this half
+        fault, _, *losses = torch.cat([fault[None], numbers]).tolist()
+        self.last["skipped"] = fault > 0
+        if fault == 0:
+            self.base_optimizer.step()
+        self._opt_called = True  # learning rate schedulers look for it
+        return losses
+
     # ------------------------------------------------------------------------ both at once
 
-    def step(self, closure=None, model=None, sync_perturbation=False, split=False):
+    def step(self, closure, model=None, sync_perturbation=False, split=False):
         """Take one SAM step. Returns the loss at w.
 
-        closure            zeroes gradients, computes the loss, calls backward(), returns the loss; it runs twice. Or a
-                           list of them, one per micro-batch: their gradients add up (divide the losses)
-        model              the DistributedDataParallel module: its first pass stays local; without it both are averaged
+        closure            zeroes gradients, computes the loss, calls backward(), returns the loss; it runs
+                           twice. Or a list of closures, one per micro-batch: their gradients add up, so
+                           divide each loss by their number
+        model              the DistributedDataParallel module: its first pass stays local; without it both
+                           passes are averaged. Also needed for a compiled model with BatchNorm
         sync_perturbation  average the gradient of the first pass over the processes too
         split              each closure of the list climbs on its own (m-sharpness on one device)
         """
         closures = list(closure) if isinstance(closure, (list, tuple)) else [closure]
-        if not closures or not all(map(callable, closures)):
-            raise ValueError(f"closure {closure!r} must be a function that computes the loss and calls backward(), or a "
-                             "list of them; or call first_step and second_step yourself")
-        if self._moved is not None:
-            raise ValueError("step was called between first_step and second_step; call second_step first")
-        climbs = [[one] for one in closures] if split else [closures]
-        first, second, norms, skip = 0.0, 0.0, [], False
-        gradient = None  # (2) of the climbs so far
+        climbs = [[closure] for closure in closures] if split else [closures]
+        first, second, norms = 0.0, 0.0, []
+        gradient = None  # (2), summed over the micro-batches so far
 
-        self.zero_grad()
         self._accumulating = len(closures) > 1
         try:
-            for k, together in enumerate(climbs, start=1):
-                # the gradient at w, and the climb
+            for number, together in enumerate(climbs, start=1):
+                # gradient at w, and the climb
+                self._set_grads(None)
                 first = first + passes(together, model, average=sync_perturbation)
                 self.first_step()
                 norms.append(self.last["grad_norm"])
-                skip = skip or self._skip
 
-                # the gradient at w + eps, added to that of the climbs before; then get back to w
-                self._exchange_grads(gradient)
+                # gradient at w + eps, on top of that of earlier micro-batches
+                self._set_grads(gradient)
                 with batchnorm_held(model):
-                    second = second + passes(together, model, average=k == len(climbs))
-                if k < len(climbs):
-                    self.restore()
-                    gradient = self._exchange_grads(None)
-            self._skip = skip or not math.isfinite(first + second)
-            self._vote(model)
-            losses = dict(first_loss=float(first), second_loss=float(second))
-            self.last = dict(grad_norm=sum(norms) / len(norms), **losses)
-            self.second_step()
+                    second = second + passes(together, model, average=number == len(climbs))
+                gradient = [p.grad for p in self._params()]
+
+                # back to w
+                self.restore()
+
+            # the base optimizer's step
+            norm = sum(norms) / len(norms)
+            self.last = dict(grad_norm=norm, skipped=not math.isfinite(norm))
+            self.last["first_loss"], self.last["second_loss"] = self._base_step([first, second], model)
         finally:
             self._accumulating = False
-            if self._moved is not None:  # a closure raised: leave the weights as they were
-                self.restore()
+            self.restore()  # a closure raised: leave the weights as they were
         return first
 
     # ------------------------------------------------------------------------ bookkeeping
@@ -184,9 +201,9 @@ class SAM(torch.optim.Optimizer):
     def _start(self):
         """Share the base optimizer's groups and state; no step is under way."""
         self.param_groups, self.state = self.base_optimizer.param_groups, self.base_optimizer.state
-        self._copies = {}  # parameter -> memory for w, kept from step to step
-        self._moved = None  # the parameters that are at w + eps; None between steps
-        self._skip = self._accumulating = False
+        self._climbed = None  # the parameters that are at w + eps; None between steps
+        self._copies = {}  # parameter -> w; kept from step to step, since fresh memory is slow on a CPU
+        self._accumulating = False
 
     def _memory(self, params):
         for p in params:
@@ -195,20 +212,14 @@ class SAM(torch.optim.Optimizer):
                 self._copies[p] = torch.empty_like(p)
         return [self._copies[p] for p in params]
 
-    def _exchange_grads(self, new):
-        """Give every parameter another gradient (None: none) and return the present ones."""
-        params = [p for group in self.param_groups for p in group["params"]]
-        present = [p.grad for p in params]
-        for p, grad in zip(params, new or [None] * len(params), strict=True):
-            p.grad = grad
-        return present
+    def _params(self):
+        return list(chain.from_iterable(group["params"] for group in self.param_groups))
 
-    def _vote(self, model):
-        """Each process saw its own losses and its own first gradient: all of them step, or none."""
-        if hasattr(model, "no_sync"):
-            votes = torch.tensor(float(self._skip), device=self.param_groups[0]["params"][0].device)
-            torch.distributed.all_reduce(votes, group=model.process_group)
-            self._skip = votes.item() > 0
+    def _set_grads(self, grads):
+        """Give every parameter its gradient of this list; None removes all."""
+        params = self._params()
+        for p, grad in zip(params, grads or [None] * len(params), strict=True):
+            p.grad = grad
 
     def zero_grad(self, set_to_none=True):
         if not self._accumulating:  # the gradients of a list of closures add up
@@ -224,12 +235,12 @@ class SAM(torch.optim.Optimizer):
         return self.base_optimizer.state_dict()
 
     def load_state_dict(self, state_dict):
-        """Exact resume. A file of the base optimizer alone will do: rho and adaptive are then the constructor's."""
+        """Exact resume. From a file of the base optimizer alone, rho and adaptive are the constructor's."""
         self.base_optimizer.load_state_dict(state_dict)
         self._start()
         for group in self.param_groups:
-            for key in ("rho", "adaptive"):
-                group.setdefault(key, self.defaults[key])
+            group.setdefault("rho", self.defaults["rho"])
+            group.setdefault("adaptive", self.defaults["adaptive"])
 
     def __getstate__(self):  # deepcopy and pickle
         return {**super().__getstate__(), "base_optimizer": self.base_optimizer, "last": self.last}
@@ -240,15 +251,15 @@ class SAM(torch.optim.Optimizer):
 
 
 def passes(closures, model, average):
-    """Run the closures -> the sum of their losses. DDP averages gradients in the last backward pass, if at all."""
+    """Run the closures. Returns the sum of their losses. DDP averages in the last backward pass or never."""
     total = 0.0
-    for k, closure in enumerate(closures, start=1):
-        local = hasattr(model, "no_sync") and not (average and k == len(closures))
+    for number, closure in enumerate(closures, start=1):
+        local = hasattr(model, "no_sync") and not (average and number == len(closures))
         with model.no_sync() if local else nullcontext(), torch.enable_grad():
             loss = closure()
         if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
             raise ValueError(f"the closure must return the loss, a tensor of one number, got {loss!r}")
-        total = total + loss.detach()
+        total = total + loss.detach().squeeze()
     return total
 
 
@@ -258,28 +269,20 @@ def batchnorm_held(model=None):
 
     Without a model every BatchNorm that is called meanwhile is held (not seen inside a compiled model).
     """
-    held = []
+    with ExitStack() as undo:
 
-    def hold(module, *_):
-        if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
-            module.track_running_stats = False
-            held.append(module)
+        def hold(module, *_):
+            if isinstance(module, _BatchNorm) and module.training and module.track_running_stats:
+                module.track_running_stats = False
+                undo.callback(setattr, module, "track_running_stats", True)
 
-    handle = None
-    if model is None:
-        handle = torch.nn.modules.module.register_module_forward_pre_hook(hold)
-    else:
-        for module in model.modules():
-            hold(module)
-    try:
-        with warnings.catch_warnings():  # torch.compile remarks on such hooks at every call
+        if model is None:
+            undo.enter_context(warnings.catch_warnings())  # torch.compile warns of global hooks at every call
             warnings.filterwarnings("ignore", "Using `torch.compile")
-            yield
-    finally:
-        if handle is not None:
-            handle.remove()
-        for module in held:
-            module.track_running_stats = True
+            undo.enter_context(register_module_forward_pre_hook(hold))
+        else:
+            model.apply(hold)
+        yield
 
 
 def draw(landscape, paths, rho):
@@ -299,7 +302,8 @@ def draw(landscape, paths, rho):
         axes.plot(*path.T, color=color, label=name)
         axes.plot(*path[-1], "o", color=color)
     axes.add_patch(plt.Circle(paths["SAM"][-1].tolist(), rho, fill=False, color="tab:blue", linestyle=":"))
-    axes.set_title("same start, same step size: the crack is lower, the valley is wide (dotted: radius rho)", fontsize=9)
+    axes.set_title("same start, same step size: the crack is lower, the valley is wide (dotted: radius rho)",
+                   fontsize=9)
     axes.legend(loc="lower right")
     figure.savefig("sam_demo.png", dpi=110)
     print("saved sam_demo.png")
@@ -339,7 +343,8 @@ if __name__ == "__main__":
         paths[name] = descend(optimizer, w)
         end = paths[name][-1]
         curvature = torch.linalg.eigvalsh(torch.autograd.functional.hessian(landscape, end)).max()
-        print(f"{name:5s} ends at ({end[0]:5.2f}, {end[1]:5.2f}): height {landscape(end):5.2f}, curvature {curvature:5.1f}")
-    print("(expect: plain descent falls into the crack at (-0.4, 0.3); SAM passes it and settles in the valley at")
-    print(" (1.1, 0.0). Try rho = 0.05: a radius smaller than the crack is wide, and SAM falls in too)")
+        print(f"{name:5s} ends at ({end[0]:5.2f}, {end[1]:5.2f}): height {landscape(end):5.2f}, "
+              f"curvature {curvature:5.1f}")
+    print("(expect: plain descent falls into the crack at (-0.4, 0.3); SAM passes it and settles in the")
+    print(" valley at (1.1, 0.0). Try rho = 0.05: a radius smaller than the crack is wide, and SAM falls in too)")
     draw(landscape, paths, rho)
