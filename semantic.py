@@ -113,7 +113,8 @@ def read(path, convert=None):
                 raise ValueError(f"a mask has one channel of 8 bits with class ids, this one has mode {picture.mode}")
             return v2.functional.pil_to_tensor(picture.convert(convert) if convert else picture)
     except BROKEN as error:
-        raise ValueError(f"cannot read {path} ({str(error).splitlines()[0]}); repair it, or remove image and mask") from None
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"cannot read {path} ({reason}); repair it, or remove image and mask") from None
 
 
 def check_partners(lonely, what, folder):
@@ -165,7 +166,7 @@ class SemanticScenes(Scenes):
 
 
 def open_semantic(name, path, train, img_size, size=4096, seed=0, scenes="crowded"):
-    """The set `name` ("shapes", "ade20k", "coco"): len, sample(i), name(i), classes, mean, std. size, scenes: of open_source."""
+    """The set `name` ("shapes", "ade20k", "coco"): len, sample(i), name(i), classes, mean, std."""
     if name == "shapes":
         return SemanticScenes(size if train else max(1, size // 4), img_size, seed, train, scenes)
     return SemanticFolder(name, path, train)
@@ -175,7 +176,9 @@ def open_semantic(name, path, train, img_size, size=4096, seed=0, scenes="crowde
 
 
 class Segmentations(Dataset):
-    """(epoch, index) -> (normalized image float (3, H, W), labels int64 (h, w)); draws are functions of (seed, epoch, index).
+    """(epoch, index) -> (normalized image float (3, H, W), labels int64 (h, w)).
+
+    All draws are functions of (seed, epoch, index).
 
     img_size     S or (H, W); the shorter side of an image is measured against the smaller number
     train        True: colors distorted, shorter side to S times a factor in scale_range, a crop of img_size,

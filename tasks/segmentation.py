@@ -91,7 +91,8 @@ def loss(model, batch, args, data):
 def evaluate(model, loader, args, data, world):
     """miou and pixel_acc in percent."""
     window, stride = args.slide or (None, None)
-    result = segment_evaluate(model, loader, len(data.classes), world.device, window, stride, args.eval_flip, world.main)
+    options = dict(window=window, stride=stride, flip=args.eval_flip, progress=world.main)
+    result = segment_evaluate(model, loader, len(data.classes), world.device, **options)
     return {name: 100 * result[name] for name in ("miou", "pixel_acc")}
 
 

@@ -40,7 +40,8 @@ HIERARCHICAL = "--model mixmim_demo --img-size 32 --embed-dim 16 --window-size 4
 DECODER = "--decoder-embed-dim 32 --decoder-depth 1 --decoder-num-heads 1 --augment padcrop"
 ADAMW = "--optimizer adamw --beta2 0.999 --blr 8e-3"
 CLASSIFY = f"{IMAGES} --augment padcrop --layer-decay 1.0"
-DENSE = f"{SHARED} --data-size 16 --batch-size 4 --epochs 4 --norm group --heads small --accum 1 --clip-grad 1 {ADAMW}"
+DENSE = f"{SHARED} --data-size 16 --batch-size 4 --epochs 4 --norm group --heads small --accum 1 --clip-grad 1"
+DENSE = f"{DENSE} {ADAMW}"
 SEGMENT = f"--task segment {DENSE} {PYRAMID} --schedule linear --channels 16"
 PRETRAIN = f"--task pretrain {IMAGES} {DECODER} --accum 1 --optimizer adamw --beta2 0.95 --blr 8e-3"
 
@@ -66,21 +67,24 @@ RUNS = {
         " --img-size 48 32 --pool cls --init mirl/checkpoint.pt", after="mirl"),
     "probe": Frozen(
         f"{MACHINE} --data shapes --data-size 64 --batch-size 16 --epochs 4 --schedule cosine --warmup-epochs 0.5"
-        " --min-lr 1e-5 --weight-decay 0 --eval-every 2 --optimizer adamw --beta2 0.999 --blr 0.2 --accum 1 --pool mean"
+        " --min-lr 1e-5 --weight-decay 0 --eval-every 2 --optimizer adamw --beta2 0.999 --blr 0.2 --accum 1 --pool "
+        "mean"
         f" --init mirl/checkpoint.pt {VIT.replace('--drop-path 0.1', '')}",
         "--task classify --probe", "--task probe --style adamw --scenes crowded", after="mirl"),
     "sam": Frozen(
         f"--task classify {CLASSIFY} {VIT} {ADAMW} --optimizer sam --rho 0.1 --base-optimizer adamw --accum 3"
         " --clip-grad 1 --mixup 0.8 --pool mean --epochs 5"),
     "robust": Frozen(
-        f"--task classify {IMAGES} --model resnet8 --img-size 32 --augment padcrop --optimizer sgd --lr 0.05 --accum 1"
+        f"--task classify {IMAGES} --model resnet8 --img-size 32 --augment padcrop --optimizer sgd --lr 0.05 "
+        f"--accum 1"
         " --adversarial --attack-eps 4 --eval-corruptions --eval-pgd"),
     "contrast": Frozen(
         f"{CLASSIFY} {VIT} {ADAMW} --accum 1", "--task classify --loss supcon", "--task contrast --scenes crowded"),
     "detect": Frozen(f"--task detect {DENSE} {PYRAMID} --schedule cosine --global-blocks quarters"),
     "segment": Frozen(f"{SEGMENT} --global-blocks all"),
     "transfer": Frozen(
-        f"{SEGMENT} --global-blocks quarters --window-size 3 --slide 32 16 --eval-flip --jitter 0.5 2 --layer-decay 0.7"
+        f"{SEGMENT} --global-blocks quarters --window-size 3 --slide 32 16 --eval-flip --jitter 0.5 2 --layer-decay "
+        f"0.7"
         " --init mirl/checkpoint.pt", after="mirl"),
     "ranks": Frozen(f"{PRETRAIN} {VIT} --method mirl --mask-ratio 0.75 --segments 2 --data-size 128", processes=2),
 }

@@ -67,20 +67,27 @@ def masking_noise(batch, length, seed):
 
 def official_state(case, fixed):
     """All parameters of a case under their official names; `fixed` (name -> tensor) gives those that are not filled."""
-    return {p["name"]: fixed(p["name"]) if p["fill"] == "fixed" else
-            parameter(p["name"], p["shape"], p["fill"], case["fill_rule"]) for p in case["params"]}
+    return {
+        p["name"]: fixed(p["name"])
+        if p["fill"] == "fixed"
+        else parameter(p["name"], p["shape"], p["fill"], case["fill_rule"])
+        for p in case["params"]
+    }
 
 
-# ---------------------------------------------------------------------------- comparison, {what: distance in tolerances}
+# ---------------------------------------------------------------------------- comparison, {what: distance in
+# tolerances}
 
 
 def relative(ours, reference, scale=None):
-    return abs(float(ours.detach() if hasattr(ours, "detach") else ours) - reference) / (abs(reference) if scale is None else scale)
+    return abs(float(ours.detach() if hasattr(ours, "detach") else ours) - reference) / (
+        abs(reference) if scale is None else scale
+    )
 
 
 def first_values(ours, reference, scale):
     ours, reference = np.asarray(ours, dtype=np.float64), np.asarray(reference, dtype=np.float64)
-    return np.abs(ours[:len(reference)] - reference).max() / scale
+    return np.abs(ours[: len(reference)] - reference).max() / scale
 
 
 def compare_tensor(name, tensor, entry, tolerance):
@@ -88,9 +95,11 @@ def compare_tensor(name, tensor, entry, tolerance):
     x = tensor.detach().double().numpy()
     if "shape" in entry:
         assert list(x.shape) == entry["shape"], f"{name} has shape {x.shape}, expected {entry['shape']}"
-    off = {"mean": relative(x.mean(), entry["mean"], entry["std"]),
-           "std": relative(x.std(), entry["std"]),
-           "l2": relative(np.linalg.norm(x), entry["l2"])}
+    off = {
+        "mean": relative(x.mean(), entry["mean"], entry["std"]),
+        "std": relative(x.std(), entry["std"]),
+        "l2": relative(np.linalg.norm(x), entry["l2"]),
+    }
     off = {f"{name} {key}": value / tolerance["statistics"] for key, value in off.items()}
     for piece in entry.get("slices", []):
         at = tuple(piece["at"])

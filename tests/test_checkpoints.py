@@ -24,14 +24,23 @@ def vit(img_size=16, num_classes=5, **options):
 
 def names(width=16, depth=2, grid=4, prefix=1):
     """A published encoder's tensors, written out from the formats' key lists, random values."""
-    shapes = {"cls_token": (1, 1, width), "pos_embed": (1, prefix + grid * grid, width),
-              "patch_embed.proj.weight": (width, 3, 4, 4), "patch_embed.proj.bias": (width,),
-              "norm.weight": (width,), "norm.bias": (width,)}
+    shapes = {
+        "cls_token": (1, 1, width),
+        "pos_embed": (1, prefix + grid * grid, width),
+        "patch_embed.proj.weight": (width, 3, 4, 4),
+        "patch_embed.proj.bias": (width,),
+        "norm.weight": (width,),
+        "norm.bias": (width,),
+    }
     for i in range(depth):
         for norm in ("norm1", "norm2"):
             shapes |= {f"blocks.{i}.{norm}.weight": (width,), f"blocks.{i}.{norm}.bias": (width,)}
-        for name, out, into in (("attn.qkv", 3 * width, width), ("attn.proj", width, width),
-                                ("mlp.fc1", 4 * width, width), ("mlp.fc2", width, 4 * width)):
+        for name, out, into in (
+            ("attn.qkv", 3 * width, width),
+            ("attn.proj", width, width),
+            ("mlp.fc1", 4 * width, width),
+            ("mlp.fc2", width, 4 * width),
+        ):
             shapes |= {f"blocks.{i}.{name}.weight": (out, into), f"blocks.{i}.{name}.bias": (out,)}
     return shapes
 
@@ -50,8 +59,16 @@ def head(classes=5, width=16):
 
 
 def decoder():
-    return fill({"mask_token": (1, 1, 8), "decoder_pos_embed": (1, 17, 8), "decoder_embed.weight": (8, 16),
-                 "decoder_blocks.0.attn.qkv.weight": (24, 8), "decoder_norm.weight": (8,), "decoder_pred.weight": (48, 8)})
+    return fill(
+        {
+            "mask_token": (1, 1, 8),
+            "decoder_pos_embed": (1, 17, 8),
+            "decoder_embed.weight": (8, 16),
+            "decoder_blocks.0.attn.qkv.weight": (24, 8),
+            "decoder_norm.weight": (8,),
+            "decoder_pred.weight": (48, 8),
+        }
+    )
 
 
 def beit(table="shared", grid=4, heads=2):
@@ -61,13 +78,22 @@ def beit(table="shared", grid=4, heads=2):
     index = torch.zeros(1 + grid * grid, 1 + grid * grid, dtype=torch.long)
     for i in range(2):
         del state[f"blocks.{i}.attn.qkv.bias"]
-        state |= fill({f"blocks.{i}.{name}": (16,) for name in ("attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2")}, seed=i + 1)
+        state |= fill(
+            {f"blocks.{i}.{name}": (16,) for name in ("attn.q_bias", "attn.v_bias", "gamma_1", "gamma_2")}, seed=i + 1
+        )
         if table == "block":
             state |= fill({f"blocks.{i}.attn.relative_position_bias_table": (rows, heads)}, seed=i + 3)
             state[f"blocks.{i}.attn.relative_position_index"] = index
     if table == "shared":
-        state |= fill({"rel_pos_bias.relative_position_bias_table": (rows, heads), "mask_token": (1, 1, 16),
-                       "lm_head.weight": (32, 16), "lm_head.bias": (32,)}, seed=5)
+        state |= fill(
+            {
+                "rel_pos_bias.relative_position_bias_table": (rows, heads),
+                "mask_token": (1, 1, 16),
+                "lm_head.weight": (32, 16),
+                "lm_head.bias": (32,),
+            },
+            seed=5,
+        )
         state["rel_pos_bias.relative_position_index"] = index
     else:  # fine-tuned: mean pooling
         state |= fill({"fc_norm.weight": (16,), "fc_norm.bias": (16,)}) | head()
@@ -75,11 +101,18 @@ def beit(table="shared", grid=4, heads=2):
     return state
 
 
-@pytest.mark.parametrize("state, expected", [
-    (encoder() | decoder(), dict(patch_size=4, img_size=(16, 16))),
-    (beit(), dict(patch_size=4, img_size=(16, 16), pos_embed=None, rel_pos_bias="shared", layer_scale=0.1)),
-    (beit("block", grid=5), dict(patch_size=4, img_size=(20, 20), pos_embed=None, rel_pos_bias="block", layer_scale=0.1)),
-    ({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}, {})])
+@pytest.mark.parametrize(
+    "state, expected",
+    [
+        (encoder() | decoder(), dict(patch_size=4, img_size=(16, 16))),
+        (beit(), dict(patch_size=4, img_size=(16, 16), pos_embed=None, rel_pos_bias="shared", layer_scale=0.1)),
+        (
+            beit("block", grid=5),
+            dict(patch_size=4, img_size=(20, 20), pos_embed=None, rel_pos_bias="block", layer_scale=0.1),
+        ),
+        ({"conv1.weight": torch.zeros(1), "layer1.0.conv1.weight": torch.zeros(1)}, {}),
+    ],
+)
 def test_a_vit_built_with_a_files_options_takes_it_in_as_it_is(state, expected):
     options = encoder_options({"model": state})
     assert options == expected
@@ -89,7 +122,9 @@ def test_a_vit_built_with_a_files_options_takes_it_in_as_it_is(state, expected):
 
 
 def test_a_rectangles_own_checkpoint_tells_its_size():
-    assert encoder_options({"model": vit(img_size=(8, 24)).state_dict(), "args": {"img_size": [8, 24]}}) == dict(patch_size=4, img_size=(8, 24))
+    assert encoder_options({"model": vit(img_size=(8, 24)).state_dict(), "args": {"img_size": [8, 24]}}) == dict(
+        patch_size=4, img_size=(8, 24)
+    )
 
 
 def assert_same(state, other):
@@ -120,6 +155,7 @@ def refusal(call, *args, **kwargs):
 
 # ---- convert_official, layout by layout
 
+
 def test_an_encoder_only_mae_file_comes_back_unchanged():
     state = encoder()
     assert_same(convert_official(state), state)
@@ -140,7 +176,11 @@ def test_a_timm_classifier_comes_back_unchanged_and_its_layer_scale_is_renamed()
 
 
 def test_a_distilled_deit_loses_the_second_position_row_with_its_token_and_head():
-    state = encoder(prefix=2) | head() | fill({"dist_token": (1, 1, 16), "head_dist.weight": (5, 16), "head_dist.bias": (5,)})
+    state = (
+        encoder(prefix=2)
+        | head()
+        | fill({"dist_token": (1, 1, 16), "head_dist.weight": (5, 16), "head_dist.bias": (5,)})
+    )
     converted = convert_official(state)
     assert set(converted) == set(encoder()) | set(head())
     assert converted["pos_embed"].shape == (1, 17, 16)
@@ -152,8 +192,14 @@ def test_of_a_moco_v3_file_only_the_base_encoder_without_its_mlp_head_stays():
     base, momentum = encoder(), fill(names(), seed=7)
     state = {f"module.momentum_encoder.{name}": value for name, value in momentum.items()}
     state |= {f"module.base_encoder.{name}": value for name, value in base.items()}
-    state |= fill({"module.base_encoder.head.0.weight": (32, 16), "module.base_encoder.head.1.running_mean": (32,),
-                   "module.momentum_encoder.head.0.weight": (32, 16), "module.predictor.0.weight": (32, 8)})
+    state |= fill(
+        {
+            "module.base_encoder.head.0.weight": (32, 16),
+            "module.base_encoder.head.1.running_mean": (32,),
+            "module.momentum_encoder.head.0.weight": (32, 16),
+            "module.predictor.0.weight": (32, 8),
+        }
+    )
     assert_same(convert_official(state), base)
 
 
@@ -166,40 +212,75 @@ def test_beit_biases_become_q_zero_v_and_buffers_and_pretraining_parts_go(table)
         assert torch.equal(bias[:16], state[f"blocks.{i}.attn.q_bias"])
         assert torch.equal(bias[16:32], torch.zeros(16))
         assert torch.equal(bias[32:], state[f"blocks.{i}.attn.v_bias"])
-    model = vit(rel_pos_bias=table, **BEIT, pool="mean" if table == "block" else "cls", num_classes=5 if table == "block" else 0)
+    model = vit(
+        rel_pos_bias=table,
+        **BEIT,
+        pool="mean" if table == "block" else "cls",
+        num_classes=5 if table == "block" else 0,
+    )
     assert set(converted) == set(model.state_dict())
     for name in set(converted) & set(state):
         assert torch.equal(converted[name], state[name])
 
 
 def test_an_official_mirl_state_dict_loses_its_decoders_norms_and_embeddings():
-    extra = fill({"norm_low.weight": (16,), "norm0.weight": (16,), "norm4.bias": (16,), "decoder_embed0_1.weight": (8, 16),
-                  "decoder_embed0.weight": (8, 16), "mask_token0": (1, 1, 8), "decoder_pos_embed0": (1, 17, 8),
-                  "decoder_blocks0.0.attn.qkv.weight": (24, 8), "decoder_norm0.weight": (8,), "decoder_pred0.weight_g": (8,),
-                  "decoder_pred0.weight_v": (48, 8)})
+    extra = fill(
+        {
+            "norm_low.weight": (16,),
+            "norm0.weight": (16,),
+            "norm4.bias": (16,),
+            "decoder_embed0_1.weight": (8, 16),
+            "decoder_embed0.weight": (8, 16),
+            "mask_token0": (1, 1, 8),
+            "decoder_pos_embed0": (1, 17, 8),
+            "decoder_blocks0.0.attn.qkv.weight": (24, 8),
+            "decoder_norm0.weight": (8,),
+            "decoder_pred0.weight_g": (8,),
+            "decoder_pred0.weight_v": (48, 8),
+        }
+    )
     assert_same(convert_official(extra | encoder()), encoder())
 
 
-@pytest.mark.parametrize("wrap", [lambda e: MAE(e, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2),
-                                  lambda e: MIRL(e, segments=2, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2)])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda e: MAE(e, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2),
+        lambda e: MIRL(e, segments=2, decoder_embed_dim=8, decoder_depth=1, decoder_num_heads=2),
+    ],
+)
 def test_our_own_pretraining_models_give_back_exactly_their_encoder(wrap):
     model = wrap(vit())
     assert_same(convert_official(model.state_dict()), model.encoder.state_dict())
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+@pytest.mark.parametrize(
+    "prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "module.module."]
+)
 def test_wrapper_prefixes_are_stripped_also_stacked_and_around_an_encoder(prefix):
     assert_same(convert_official({prefix + name: value for name, value in encoder().items()}), encoder())
-    assert_same(convert_official({f"{prefix}encoder.{prefix}{name}": value for name, value in encoder().items()}), encoder())
+    assert_same(
+        convert_official({f"{prefix}encoder.{prefix}{name}": value for name, value in encoder().items()}), encoder()
+    )
 
 
 def mixmim(window=3):
-    state = fill({"patch_embed.proj.weight": (8, 3, 4, 4), "patch_embed.norm.weight": (8,), "absolute_pos_embed": (1, 64, 8),
-                  "layers.0.blocks.0.attn.qkv.weight": (24, 8), "layers.0.blocks.0.norm1.weight": (8,),
-                  "layers.0.blocks.0.attn.relative_position_bias_table": ((2 * window - 1) ** 2, 2),
-                  "layers.0.downsample.reduction.weight": (16, 32), "norm.weight": (16,)})
-    extra = {"layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.long),
-             "layers.0.blocks.0.attn_mask": torch.zeros(1, 9, 9)}
+    state = fill(
+        {
+            "patch_embed.proj.weight": (8, 3, 4, 4),
+            "patch_embed.norm.weight": (8,),
+            "absolute_pos_embed": (1, 64, 8),
+            "layers.0.blocks.0.attn.qkv.weight": (24, 8),
+            "layers.0.blocks.0.norm1.weight": (8,),
+            "layers.0.blocks.0.attn.relative_position_bias_table": ((2 * window - 1) ** 2, 2),
+            "layers.0.downsample.reduction.weight": (16, 32),
+            "norm.weight": (16,),
+        }
+    )
+    extra = {
+        "layers.0.blocks.0.attn.relative_position_index": torch.zeros(9, 9, dtype=torch.long),
+        "layers.0.blocks.0.attn_mask": torch.zeros(1, 9, 9),
+    }
     return state, extra | decoder()
 
 
@@ -216,12 +297,17 @@ BIAS = "layers.0.blocks.0.attn.relative_position_bias_table"
 
 
 def test_a_mixmim_file_resizes_its_square_windows_and_its_position_table_without_class_row():
-    source, model = hierarchical(32, 3).state_dict(), hierarchical((8, 16), 4)  # 2 x 4 tokens: the window becomes 2 x 4
+    source, model = (
+        hierarchical(32, 3).state_dict(),
+        hierarchical((8, 16), 4),
+    )  # 2 x 4 tokens: the window becomes 2 x 4
     report = load_pretrained(model, source | mixmim()[1], verbose=False)
     assert report.format == "MixMIM" and set(report.resized) == {BIAS, "absolute_pos_embed"} and not report.missing
     loaded = model.state_dict()
     torch.testing.assert_close(loaded[BIAS], bicubic(source[BIAS], (5, 5), (3, 7)))
-    torch.testing.assert_close(loaded["absolute_pos_embed"][0], bicubic(source["absolute_pos_embed"][0], (8, 8), (2, 4)))
+    torch.testing.assert_close(
+        loaded["absolute_pos_embed"][0], bicubic(source["absolute_pos_embed"][0], (8, 8), (2, 4))
+    )
 
 
 def test_our_own_rectangular_windows_come_back_bit_for_bit():
@@ -233,7 +319,10 @@ def test_our_own_rectangular_windows_come_back_bit_for_bit():
     torch.testing.assert_close(turned.state_dict()[BIAS], bicubic(source[BIAS], (3, 7), (7, 3)))
 
 
-@pytest.mark.parametrize("height, width, window, found", [(8, 8, 3, (3, 3)), (2, 4, 4, (2, 4)), (2, 8, 4, (2, 4)), (8, 2, 14, (8, 2)), (7, 7, 14, (7, 7))])
+@pytest.mark.parametrize(
+    "height, width, window, found",
+    [(8, 8, 3, (3, 3)), (2, 4, 4, (2, 4)), (2, 8, 4, (2, 4)), (8, 2, 14, (8, 2)), (7, 7, 14, (7, 7))],
+)
 def test_a_windows_shape_is_found_from_its_table_and_its_map(height, width, window, found):
     rows = (2 * min(window, height) - 1) * (2 * min(window, width) - 1)
     assert find_window(rows, height, width) == (0, found)
@@ -249,11 +338,14 @@ def test_a_window_cut_on_one_axis_only_is_resized_too():
 
 # ---- load_pretrained: sizes and contents
 
+
 @pytest.mark.parametrize("container", ["model", "state_dict", "module", "model_ema", None])
 def test_every_container_loads_bit_for_bit(tmp_path, container):
     state = encoder() | head()
     model = vit()
-    report = load_pretrained(model, save(tmp_path, {container: state, "epoch": 3} if container else state), verbose=False)
+    report = load_pretrained(
+        model, save(tmp_path, {container: state, "epoch": 3} if container else state), verbose=False
+    )
     assert_same(model.state_dict(), state)
     assert sorted(report.loaded) == sorted(state)
     assert (report.resized, report.skipped, report.missing) == ([], [], [])
@@ -350,7 +442,9 @@ def test_a_shared_relative_bias_goes_to_every_block_and_is_resampled_in_2d(targe
         report = load_pretrained(model, state, verbose=False)
         assert report.format == "BEiT" and not report.missing and not report.skipped
         assert len(report.resized) == (0 if target == 16 else 2 if model is block else 1)
-    tables = [b.attn.relative_position_bias_table for b in block.blocks] + [shared.rel_pos_bias.relative_position_bias_table]
+    tables = [b.attn.relative_position_bias_table for b in block.blocks] + [
+        shared.rel_pos_bias.relative_position_bias_table
+    ]
     for loaded in tables:
         torch.testing.assert_close(loaded, expected)
         assert torch.equal(loaded[-3:], table[-3:])
@@ -364,7 +458,11 @@ def test_a_beit_forward_pass_equals_its_equations_written_out():
     model = vit(rel_pos_bias="block", pool="mean", **BEIT)
     load_pretrained(model, state, verbose=False)
     imgs = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
-    x = F.conv2d(imgs, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4).flatten(2).transpose(1, 2)
+    x = (
+        F.conv2d(imgs, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=4)
+        .flatten(2)
+        .transpose(1, 2)
+    )
     x = torch.cat([state["cls_token"].expand(2, 1, 16), x], dim=1)
     bias = torch.empty(2, 17, 17)
     for i in range(2):
@@ -418,6 +516,7 @@ def test_a_frozen_sincos_table_is_overwritten_by_the_files_own():
 
 # ---- the report
 
+
 def test_the_printed_report_names_counts_sizes_and_the_first_few_names(tmp_path, capsys):
     path = save(tmp_path, {"model": encoder() | decoder() | head(9)})
     report = load_pretrained(vit(img_size=(8, 12), pool="mean"), path)
@@ -436,7 +535,9 @@ def test_the_format_is_named_only_as_far_as_the_keys_tell():
     def kind(state, **options):
         return load_pretrained(vit(num_classes=0, **options), state, verbose=False).format
 
-    assert kind(encoder()) == "MAE or timm" and "ImageNet" in FORMATS["MAE or timm"] and "0.5" in FORMATS["MAE or timm"]
+    assert (
+        kind(encoder()) == "MAE or timm" and "ImageNet" in FORMATS["MAE or timm"] and "0.5" in FORMATS["MAE or timm"]
+    )
     assert kind(encoder() | decoder()) == "MAE"
     assert kind(encoder(prefix=2) | {"dist_token": torch.zeros(1, 1, 16)}) == "DeiT distilled"
     assert kind(encoder() | {"norm_low.weight": torch.zeros(16)}) == "MIRL"
@@ -448,6 +549,7 @@ def test_the_format_is_named_only_as_far_as_the_keys_tell():
 
 
 # ---- refusals
+
 
 def test_renamed_keys_are_refused_with_the_first_five_names_and_the_model_stays_as_it_was():
     model = vit()
@@ -477,7 +579,9 @@ def test_another_depth_is_refused_both_ways():
     assert "file's depth" in refusal(load_pretrained, vit(), encoder(depth=3))
 
 
-@pytest.mark.parametrize("options", [{}, dict(rel_pos_bias="shared"), BEIT, dict(rel_pos_bias="block", layer_scale=0.1)])
+@pytest.mark.parametrize(
+    "options", [{}, dict(rel_pos_bias="shared"), BEIT, dict(rel_pos_bias="block", layer_scale=0.1)]
+)
 def test_beit_into_a_model_built_otherwise_is_refused_with_the_recipe(options):
     message = refusal(load_pretrained, vit(**options), beit("shared"))
     assert 'build the model with rel_pos_bias="block" (or "shared"), layer_scale=0.1, pos_embed=None' in message
@@ -511,6 +615,7 @@ def test_a_dict_without_tensors_is_refused_with_its_keys(tmp_path):
 
 
 # ---- reading
+
 
 class Planted:
     def __init__(self, path):
@@ -560,9 +665,16 @@ def test_read_checkpoint_returns_the_file_as_it_was_saved(tmp_path):
 
 def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path):
     whole = save(tmp_path, encoder()).read_bytes()
-    contents = {"junk.pth": b"junk" * 100, "page.pth": b"<!DOCTYPE html><html>not found</html>", "half.pth": whole[: len(whole) // 2],
-                "no_end.pth": whole[:-10], "zeros.pth": bytes(5000), "half.safetensors": b"\x10" * 20,
-                "byte.pth": b"\x80", "noise.pth": np.random.default_rng(0).bytes(3000)}
+    contents = {
+        "junk.pth": b"junk" * 100,
+        "page.pth": b"<!DOCTYPE html><html>not found</html>",
+        "half.pth": whole[: len(whole) // 2],
+        "no_end.pth": whole[:-10],
+        "zeros.pth": bytes(5000),
+        "half.safetensors": b"\x10" * 20,
+        "byte.pth": b"\x80",
+        "noise.pth": np.random.default_rng(0).bytes(3000),
+    }
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
         message = refusal(read_checkpoint, tmp_path / name)

@@ -156,7 +156,8 @@ def test_probes_have_seeds_of_their_own_and_start_from_the_arms_run():
 
 
 def test_a_smaller_depth_starts_from_the_first_blocks(tmp_path):
-    claim = dict(common="--task pretrain --method mae --patch-size 8 --embed-dim 16 --num-heads 1 --depth 4 --epochs 1 "
+    claim = dict(common="--task pretrain --method mae --patch-size 8 --embed-dim 16 --num-heads 1 --depth 4 "
+                        "--epochs 1 "
                         "--batch-size 8 --data shapes --data-size 16",
                  arms={"a": ""}, figures={"loss": "val_loss", "half": "half.val_acc"},
                  then={"half": "--task classify --patch-size 8 --embed-dim 16 --num-heads 1 --depth 2 --epochs 1 "

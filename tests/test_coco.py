@@ -22,17 +22,21 @@ class Oracle(nn.Module):
 
     def forward(self, images):
         self.at += len(images)
-        return self.answers[self.at - len(images):self.at]
+        return self.answers[self.at - len(images) : self.at]
 
 
 def answer(target, scores=None, shift=0):
     n = len(target["boxes"])
-    return dict(boxes=target["boxes"] + shift, labels=target["labels"], scores=torch.ones(n) if scores is None else torch.tensor(scores),
-                masks=target["masks"][:, None].float())
+    return dict(
+        boxes=target["boxes"] + shift,
+        labels=target["labels"],
+        scores=torch.ones(n) if scores is None else torch.tensor(scores),
+        masks=target["masks"][:, None].float(),
+    )
 
 
 def batches(samples, size=1):
-    return [as_lists(samples[i:i + size]) for i in range(0, len(samples), size)]
+    return [as_lists(samples[i : i + size]) for i in range(0, len(samples), size)]
 
 
 @pytest.fixture(scope="module")
@@ -50,15 +54,29 @@ def test_the_truth_against_itself_is_one_and_nothing_found_is_zero(scenes):
     source, samples = scenes
     result = judge(source, samples, [answer(target) for _, target in samples])
     assert all(result[f"{kind}_{key}"] == 1 for kind in ("box", "mask") for key in ("ap", "ap50", "ap75"))
-    none = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0), masks=torch.zeros(0, 1, 64, 64))
+    none = dict(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.long),
+        scores=torch.zeros(0),
+        masks=torch.zeros(0, 1, 64, 64),
+    )
     result = judge(source, samples, [none] * len(samples))
     assert result["box_ap"] == result["mask_ap50"] == 0
 
 
 def test_without_any_truth_it_does_not_crash():
-    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 8, 8, dtype=torch.uint8))
+    empty = dict(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.long),
+        masks=torch.zeros(0, 8, 8, dtype=torch.uint8),
+    )
     truth = make_truth([(torch.zeros(3, 8, 8), empty)], [1])
-    one = dict(boxes=torch.tensor([[0.0, 0, 4, 4]]), labels=torch.tensor([1]), scores=torch.tensor([0.9]), masks=torch.ones(1, 1, 8, 8))
+    one = dict(
+        boxes=torch.tensor([[0.0, 0, 4, 4]]),
+        labels=torch.tensor([1]),
+        scores=torch.tensor([0.9]),
+        masks=torch.ones(1, 1, 8, 8),
+    )
     result = coco_evaluate(Oracle([one]), [([torch.zeros(3, 8, 8)], [dict(image_id=0)])], truth, [1])
     assert result["box_ap"] == -1
 
@@ -70,10 +88,15 @@ def test_average_precision_matches_a_hand_computed_one():
     target = dict(boxes=torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), labels=torch.tensor([1, 1]), masks=mask)
     truth = make_truth([(torch.zeros(3, 40, 40), target)], [1])
     wrong = torch.tensor([[0.0, 30, 10, 40]])
-    found = dict(boxes=torch.cat([target["boxes"][:1], wrong, target["boxes"][1:]]), labels=torch.ones(3, dtype=torch.long),
-                 scores=torch.tensor([0.9, 0.8, 0.7]))
+    found = dict(
+        boxes=torch.cat([target["boxes"][:1], wrong, target["boxes"][1:]]),
+        labels=torch.ones(3, dtype=torch.long),
+        scores=torch.tensor([0.9, 0.8, 0.7]),
+    )
     result = coco_evaluate(Oracle([found]), [([torch.zeros(3, 40, 40)], [dict(image_id=0)])], truth, [1])
-    assert result["box_ap50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101, abs=1e-6) and "mask_ap" not in result  # 101 recalls: 0, 0.01, ...
+    assert (
+        result["box_ap50"] == pytest.approx((51 * 1 + 50 * 2 / 3) / 101, abs=1e-6) and "mask_ap" not in result
+    )  # 101 recalls: 0, 0.01, ...
 
 
 def test_the_figures_do_not_depend_on_the_batch_size(scenes):
@@ -85,6 +108,7 @@ def test_the_figures_do_not_depend_on_the_batch_size(scenes):
 
 def test_proposal_recall_is_measured_in_the_images_own_pixels(scenes):
     """Of two boxes one is proposed, in the pixels of an image that was resized to half its size."""
+
     class Proposer(Oracle):
         def __init__(self, outputs):
             super().__init__(outputs)
@@ -101,7 +125,9 @@ def test_proposal_recall_is_measured_in_the_images_own_pixels(scenes):
     truth = make_truth([(torch.zeros(3, 40, 40), target)], [1])
     model, loader = Proposer([answer(target)]), [([torch.zeros(3, 40, 40)], [{**target, "image_id": 0}])]
     assert coco_evaluate(model, loader, truth, [1])["proposal_recall"] == 0.5
-    assert not model.rpn._forward_hooks and "proposal_recall" not in coco_evaluate(Oracle([answer(target)]), loader, truth, [1])
+    assert not model.rpn._forward_hooks and "proposal_recall" not in coco_evaluate(
+        Oracle([answer(target)]), loader, truth, [1]
+    )
 
 
 def test_only_the_named_images_count(scenes):
@@ -131,16 +157,30 @@ def layout(tmp_path):
         to_pil_image(torch.rand(channels, 30, 40)).save(tmp_path / "train2017" / name)
     square = [[5, 5, 15, 5, 15, 20, 5, 20]]
     content = dict(
-        images=[dict(id=k, file_name=name, height=30, width=40) for k, name in ((7, "a.jpg"), (3, "b.jpg"), (9, "c.jpg"))],
+        images=[
+            dict(id=k, file_name=name, height=30, width=40) for k, name in ((7, "a.jpg"), (3, "b.jpg"), (9, "c.jpg"))
+        ],
         categories=[dict(id=5, name="cat"), dict(id=2, name="dog")],
-        annotations=[dict(id=1, image_id=7, category_id=5, bbox=[5, 5, 10, 15], area=150, iscrowd=0, segmentation=square),
-                     dict(id=2, image_id=7, category_id=5, bbox=[0, 0, 40, 30], area=1200, iscrowd=1, segmentation=dict(size=[30, 40], counts=[0, 1200])),
-                     dict(id=3, image_id=3, category_id=2, bbox=[5, 5, 10, 15], area=150, iscrowd=0, segmentation=square)])
+        annotations=[
+            dict(id=1, image_id=7, category_id=5, bbox=[5, 5, 10, 15], area=150, iscrowd=0, segmentation=square),
+            dict(
+                id=2,
+                image_id=7,
+                category_id=5,
+                bbox=[0, 0, 40, 30],
+                area=1200,
+                iscrowd=1,
+                segmentation=dict(size=[30, 40], counts=[0, 1200]),
+            ),
+            dict(id=3, image_id=3, category_id=2, bbox=[5, 5, 10, 15], area=150, iscrowd=0, segmentation=square),
+        ],
+    )
 
     def write(change=lambda content: None):
         change(content)
         (tmp_path / "annotations" / "instances_train2017.json").write_text(json.dumps(content))
         return tmp_path
+
     return write
 
 
@@ -151,7 +191,11 @@ def test_a_data_set_in_cocos_layout_gives_contiguous_labels_no_crowds_and_typed_
     assert [image.shape for image, _ in samples] == [(3, 30, 40)] * 3  # gray became RGB
     assert [target["labels"].tolist() for _, target in samples] == [[1], [2], []]
     torch.testing.assert_close(samples[0][1]["boxes"], torch.tensor([[5.0, 5, 15, 20]]))
-    assert samples[0][1]["masks"].sum() == 150 and samples[2][1]["boxes"].shape == (0, 4) and samples[2][1]["masks"].shape == (0, 30, 40)
+    assert (
+        samples[0][1]["masks"].sum() == 150
+        and samples[2][1]["boxes"].shape == (0, 4)
+        and samples[2][1]["masks"].shape == (0, 30, 40)
+    )
     for k in range(3):
         image, target = Detections(source)[0, k]
         check_target(image, target, 2)
@@ -159,10 +203,16 @@ def test_a_data_set_in_cocos_layout_gives_contiguous_labels_no_crowds_and_typed_
 
 def test_a_class_agnostic_set_has_objects_only_in_targets_and_in_truth(layout):
     source = CocoImages(layout(), class_agnostic=True)
-    assert source.classes == ["object"] and source.ids == [1] and {a["category_id"] for a in source.truth().anns.values()} == {1}
+    assert (
+        source.classes == ["object"]
+        and source.ids == [1]
+        and {a["category_id"] for a in source.truth().anns.values()} == {1}
+    )
     assert [source.sample(i)[1]["labels"].tolist() for i in range(3)] == [[1], [1], []]
     scenes = ShapeScenes(4, 32, class_agnostic=True)
-    assert {label for i in range(4) for label in scenes.sample(i)[1]["labels"].tolist()} == {1} and scenes.truth().getCatIds() == [1]
+    assert {label for i in range(4) for label in scenes.sample(i)[1]["labels"].tolist()} == {
+        1
+    } and scenes.truth().getCatIds() == [1]
 
 
 def test_a_crowd_is_neither_hit_nor_miss(layout):
@@ -171,24 +221,31 @@ def test_a_crowd_is_neither_hit_nor_miss(layout):
     samples = [data[0, i] for i in range(3)]
     answers = [answer(target) for _, target in samples]
     extra = torch.tensor([[20.0, 0, 40, 30]])  # inside the crowd
-    answers[1] = dict(boxes=torch.cat([extra, answers[1]["boxes"]]), labels=torch.tensor([2, 2]), scores=torch.tensor([0.99, 0.9]),
-                      masks=torch.cat([torch.ones(1, 1, 30, 40), answers[1]["masks"]]))
+    answers[1] = dict(
+        boxes=torch.cat([extra, answers[1]["boxes"]]),
+        labels=torch.tensor([2, 2]),
+        scores=torch.tensor([0.99, 0.9]),
+        masks=torch.cat([torch.ones(1, 1, 30, 40), answers[1]["masks"]]),
+    )
     assert judge(source, samples, answers)["box_ap"] == pytest.approx(1)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c["images"].append(dict(id=1, file_name="gone.jpg", height=1, width=1)), "gone.jpg"),
-    (lambda c: c["images"][0].update(height=31), "a.jpg: .*annotations say 31x40"),
-    (lambda c: c["annotations"][0].update(category_id=99), "category_id 99"),
-    (lambda c: c["annotations"][0].update(bbox=[30, 5, 25, 15]), "a.jpg: box"),
-    (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 has no segmentation"),
-    (lambda c: c["annotations"][0].pop("segmentation"), "annotation 1 has no segmentation"),
-    (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 has image_id"),
-    (lambda c: c["images"][0].pop("height"), "height"),
-    (lambda c: c.pop("categories"), "no COCO annotation file"),
-    (lambda c: c.pop("annotations"), "no COCO annotation file"),
-    (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ".x, y, width, height"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["images"].append(dict(id=1, file_name="gone.jpg", height=1, width=1)), "gone.jpg"),
+        (lambda c: c["images"][0].update(height=31), "a.jpg: .*annotations say 31x40"),
+        (lambda c: c["annotations"][0].update(category_id=99), "category_id 99"),
+        (lambda c: c["annotations"][0].update(bbox=[30, 5, 25, 15]), "a.jpg: box"),
+        (lambda c: c["annotations"][0].update(segmentation=[]), "annotation 1 has no segmentation"),
+        (lambda c: c["annotations"][0].pop("segmentation"), "annotation 1 has no segmentation"),
+        (lambda c: c["annotations"][0].update(image_id=99), "annotation 1 has image_id"),
+        (lambda c: c["images"][0].pop("height"), "height"),
+        (lambda c: c.pop("categories"), "no COCO annotation file"),
+        (lambda c: c.pop("annotations"), "no COCO annotation file"),
+        (lambda c: c["annotations"][0].update(bbox=[1, 2, 3]), ".x, y, width, height"),
+    ],
+)
 def test_a_broken_annotation_is_named(layout, change, words):
     with pytest.raises(ValueError, match=words) as error:
         source = CocoImages(layout(change))
@@ -196,8 +253,13 @@ def test_a_broken_annotation_is_named(layout, change, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda c: c["annotations"][2].update(segmentation=[[]]), "neither polygons nor run lengths"), (lambda c: None, "cannot read")])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda c: c["annotations"][2].update(segmentation=[[]]), "neither polygons nor run lengths"),
+        (lambda c: None, "cannot read"),
+    ],
+)
 def test_what_shows_when_a_sample_is_read_names_it(layout, change, words):
     root = layout(change)
     if words == "cannot read":
@@ -230,13 +292,16 @@ def test_jittered_scenes_have_one_size_and_boxes_that_fit_their_masks(scale_rang
         if scale_range[1] < 0.5:  # mostly padding, in the colour asked for
             assert ((image * 255).round() == torch.tensor([80.0, 90, 100]).view(3, 1, 1)).all(0).float().mean() > 0.7
     again = Detections(data.source, data.jitter)
-    assert torch.equal(data[3, 5][0], again[3, 5][0]) and not all(torch.equal(data[3, i][0], data[4, i][0]) for i in range(12))
+    assert torch.equal(data[3, 5][0], again[3, 5][0]) and not all(
+        torch.equal(data[3, i][0], data[4, i][0]) for i in range(12)
+    )
 
 
 def test_an_object_without_height_is_no_target_and_iscrowd_may_be_left_out(layout):
     def change(content):
         content["annotations"][0].update(bbox=[5, 5, 10, 0])
         content["annotations"][2].pop("iscrowd")
+
     source = CocoImages(layout(change))
     assert [len(Detections(source)[0, i][1]["boxes"]) for i in range(3)] == [1, 0, 0]
     assert source.truth().loadAnns([3])[0]["iscrowd"] == 0
@@ -244,13 +309,24 @@ def test_an_object_without_height_is_no_target_and_iscrowd_may_be_left_out(layou
 
 def test_a_long_image_survives_the_smallest_zoom():
     jitter = large_scale_jitter(16, [0, 0, 0], (0.1, 0.1))
-    image, masks = jitter(coco.tv_tensors.Image(torch.zeros(3, 4, 400, dtype=torch.uint8)), coco.tv_tensors.Mask(torch.zeros(1, 4, 400, dtype=torch.uint8)))
+    image, masks = jitter(
+        coco.tv_tensors.Image(torch.zeros(3, 4, 400, dtype=torch.uint8)),
+        coco.tv_tensors.Mask(torch.zeros(1, 4, 400, dtype=torch.uint8)),
+    )
     assert image.shape == (3, 16, 16) and masks.shape == (1, 16, 16)
 
 
 def test_nothing_found_where_nothing_is_counts_as_nothing_to_find():
-    empty = dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), masks=torch.zeros(0, 8, 8, dtype=torch.uint8))
+    empty = dict(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.long),
+        masks=torch.zeros(0, 8, 8, dtype=torch.uint8),
+    )
     truth = make_truth([(torch.zeros(3, 8, 8), empty)], [1])
-    result = coco_evaluate(Oracle([dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))]),
-                           [([torch.zeros(3, 8, 8)], [dict(image_id=0)])], truth, [1])
+    result = coco_evaluate(
+        Oracle([dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long), scores=torch.zeros(0))]),
+        [([torch.zeros(3, 8, 8)], [dict(image_id=0)])],
+        truth,
+        [1],
+    )
     assert result["box_ap"] == -1

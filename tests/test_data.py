@@ -7,14 +7,29 @@ from PIL import Image
 
 import data as module
 import train
-from data import (AUGMENTATIONS, EvalBatches, FitSize, Folder, Images, TrainBatches, augmentation, channel_statistics, first_of_shuffle, make_loader,
-                  open_source, seeded)
+from tasks import classify
+from data import (
+    AUGMENTATIONS,
+    EvalBatches,
+    FitSize,
+    Folder,
+    Images,
+    TrainBatches,
+    augmentation,
+    channel_statistics,
+    first_of_shuffle,
+    make_loader,
+    open_source,
+    seeded,
+)
 from shapes import Shapes
 
 CPU = torch.device("cpu")
 
 
-def write_folder(root, parts=("train", "val"), sizes=((32, 32),), kinds=("cat", "dog"), each=4, mode="RGB", suffix="png"):
+def write_folder(
+    root, parts=("train", "val"), sizes=((32, 32),), kinds=("cat", "dog"), each=4, mode="RGB", suffix="png"
+):
     """Random images in root/part/kind/n.suffix; sizes (H, W) take turns."""
     rng = np.random.default_rng(0)
     for part in parts:
@@ -174,7 +189,10 @@ def test_every_augmentation_gives_the_same_normalized_image_for_the_same_key(nam
 
 def test_the_mask_noise_does_not_hang_on_the_augmentation():
     source = Shapes(4)
-    noises = [Images(source, augmentation(name, (32, 32), source.mean, source.std), noise_size=6)[1, 3][2] for name in AUGMENTATIONS]
+    noises = [
+        Images(source, augmentation(name, (32, 32), source.mean, source.std), noise_size=6)[1, 3][2]
+        for name in AUGMENTATIONS
+    ]
     assert all(torch.equal(noises[0], noise) for noise in noises)
 
 
@@ -219,8 +237,22 @@ def test_a_folder_may_call_its_second_half_val_or_test(tmp_path, second):
     assert [half[i][1] for i in range(8)] == [0] * 4 + [1] * 4 and half.classes == ["cat", "dog"]
 
 
-@pytest.mark.parametrize("mode, suffix", [("L", "png"), ("P", "png"), ("RGBA", "png"), ("LA", "png"), ("L", "jpg"), ("RGB", "jpg"), ("RGB", "JPEG"),
-                                          ("RGB", "webp"), ("RGB", "bmp"), ("CMYK", "jpg"), ("1", "png")])
+@pytest.mark.parametrize(
+    "mode, suffix",
+    [
+        ("L", "png"),
+        ("P", "png"),
+        ("RGBA", "png"),
+        ("LA", "png"),
+        ("L", "jpg"),
+        ("RGB", "jpg"),
+        ("RGB", "JPEG"),
+        ("RGB", "webp"),
+        ("RGB", "bmp"),
+        ("CMYK", "jpg"),
+        ("1", "png"),
+    ],
+)
 def test_files_of_any_kind_become_three_channels_of_bytes(tmp_path, mode, suffix):
     source = Folder(str(write_folder(tmp_path, mode=mode, suffix=suffix)), train=True)
     image, _ = source[0]
@@ -273,14 +305,18 @@ def break_one(root):
     return path
 
 
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # torch clears failed workers away in 10 s
+@pytest.mark.parametrize(
+    "workers", [0, pytest.param(2, marks=pytest.mark.slow)]
+)  # torch clears failed workers away in 10 s
 def test_a_truncated_jpeg_stops_with_its_path_or_is_replaced_and_counted(tmp_path, workers):
     path = break_one(write_folder(tmp_path, suffix="jpg", sizes=((64, 64),)))
     source = Folder(str(tmp_path), train=True)
     with pytest.raises(ValueError, match=f"cannot read image {path}"):
         collect(Images(source, augmentation("none", (64, 64), source.mean, source.std)), EvalBatches(8, 4), workers)
     source = Folder(str(tmp_path), train=True, skip_bad=True)
-    images, labels, _ = collect(Images(source, augmentation("none", (64, 64), source.mean, source.std)), EvalBatches(8, 8), workers)[0]
+    images, labels, _ = collect(
+        Images(source, augmentation("none", (64, 64), source.mean, source.std)), EvalBatches(8, 8), workers
+    )[0]
     assert source.bad.nonzero().flatten().tolist() == [2]  # counted here, wherever it was read
     assert torch.equal(images[2], images[3]) and labels.tolist() == [0] * 4 + [1] * 4
 
@@ -318,10 +354,13 @@ def test_cifar_gives_bytes_and_labels(tmp_path, monkeypatch):
     class Fake:
         def __init__(self, root, train, download):
             self.data, self.targets, self.classes = pixels, [3, 1, 4, 1, 5], [str(i) for i in range(10)]
+
     monkeypatch.setattr(module.datasets, "CIFAR10", Fake)
     source = open_source("cifar10", str(tmp_path), True, (32, 32))
     image, label = source[2]
-    assert label == 4 and image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels[2]).permute(2, 0, 1))
+    assert (
+        label == 4 and image.dtype == torch.uint8 and torch.equal(image, torch.from_numpy(pixels[2]).permute(2, 0, 1))
+    )
     assert len(source.mean) == len(source.std) == 3 and len(source) == 5 and len(source.classes) == 10
 
 
@@ -370,9 +409,12 @@ def test_shapes_carries_its_own_statistics():
 
 def test_the_stats_flag_measures_instead(tmp_path, monkeypatch):
     used = []
-    real = train.augmentation
-    monkeypatch.setattr(train, "augmentation", lambda name, size, mean, std: used.append((mean, std)) or real(name, size, mean, std))
-    flags = "--task classify --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --data-size 16 --batch-size 8 --epochs 1".split()
+    real = classify.augmentation
+    monkeypatch.setattr(
+        classify, "augmentation", lambda name, size, mean, std: used.append((mean, std)) or real(name, size, mean, std)
+    )
+    flags = "--task classify --scenes crowded --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --data-size 16 --batch-size 8".split()
+    flags += ["--epochs", "1"]
     for name, more in (("own", []), ("measured", ["--stats"])):
         train.main([*flags, *more, "--output-dir", str(tmp_path / name)])
     source = Shapes(16)

@@ -17,7 +17,9 @@ from resnet import create_resnet
 from vit import Attention, ViT
 
 SMALL = dict(img_size=64, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=0)
-HEADS = dict(channels=16, box_convs=1, box_dim=32, mask_convs=1, rpn_batch_size_per_image=32, box_batch_size_per_image=16)
+HEADS = dict(
+    channels=16, box_convs=1, box_dim=32, mask_convs=1, rpn_batch_size_per_image=32, box_batch_size_per_image=16
+)
 
 
 def vit(**changes):
@@ -26,7 +28,9 @@ def vit(**changes):
 
 
 def detector(encoder=None, classes=3, **changes):
-    return vit_mask_rcnn(encoder or vit(), classes, **{**dict(img_size=64, window_size=4, norm="group"), **HEADS, **changes})
+    return vit_mask_rcnn(
+        encoder or vit(), classes, **{**dict(img_size=64, window_size=4, norm="group"), **HEADS, **changes}
+    )
 
 
 def scene(height=64, width=64, box=(8.0, 8.0, 40.0, 40.0), label=1):
@@ -36,8 +40,11 @@ def scene(height=64, width=64, box=(8.0, 8.0, 40.0, 40.0), label=1):
 
 
 def empty(height=64, width=64):
-    return torch.rand(3, height, width), dict(boxes=torch.zeros(0, 4), labels=torch.zeros(0, dtype=torch.long),
-                                              masks=torch.zeros(0, height, width, dtype=torch.uint8))
+    return torch.rand(3, height, width), dict(
+        boxes=torch.zeros(0, 4),
+        labels=torch.zeros(0, dtype=torch.long),
+        masks=torch.zeros(0, height, width, dtype=torch.uint8),
+    )
 
 
 def same(a, b, tolerance=1e-5):
@@ -49,7 +56,10 @@ def same(a, b, tolerance=1e-5):
 # ---------------------------------------------------------------------------- windows
 
 
-@pytest.mark.parametrize("size, window, expected", [(8, 4, [(0, 8, 4)]), (10, 4, [(0, 8, 4), (8, 10, 2)]), (3, 4, [(0, 3, 3)]), (4, 4, [(0, 4, 4)])])
+@pytest.mark.parametrize(
+    "size, window, expected",
+    [(8, 4, [(0, 8, 4)]), (10, 4, [(0, 8, 4), (8, 10, 2)]), (3, 4, [(0, 3, 3)]), (4, 4, [(0, 4, 4)])],
+)
 def test_a_side_is_cut_into_whole_windows_and_a_rest(size, window, expected):
     assert pieces(size, window) == expected
 
@@ -77,8 +87,12 @@ def test_windows_equal_padded_windows_whose_padding_is_masked(height, width, win
 
 
 def test_a_window_that_covers_the_map_is_global_attention():
-    a, b = (ViTPyramid(vit(), window_size=size, global_blocks=blocks).eval() for size, blocks in ((8, "none"), (3, "all")))
-    b.load_state_dict({**b.state_dict(), **{k: v for k, v in a.state_dict().items() if not k.startswith("bias.window")}})
+    a, b = (
+        ViTPyramid(vit(), window_size=size, global_blocks=blocks).eval() for size, blocks in ((8, "none"), (3, "all"))
+    )
+    b.load_state_dict(
+        {**b.state_dict(), **{k: v for k, v in a.state_dict().items() if not k.startswith("bias.window")}}
+    )
     x = torch.randn(2, 3, 64, 64)
     same(a(x), b(x))
 
@@ -91,7 +105,12 @@ def test_nothing_leaks_between_windows():
 
 
 def test_global_blocks_are_the_last_of_each_quarter():
-    assert ViTPyramid(vit(depth=12)).global_blocks == {2, 5, 8, 11} and ViTPyramid(vit(depth=24)).taps == [5, 11, 17, 23]
+    assert ViTPyramid(vit(depth=12)).global_blocks == {2, 5, 8, 11} and ViTPyramid(vit(depth=24)).taps == [
+        5,
+        11,
+        17,
+        23,
+    ]
 
 
 def test_all_global_without_bias_equals_the_vits_own_blocks():
@@ -124,14 +143,22 @@ def test_a_bias_is_read_by_offset_and_a_smaller_map_reads_the_middle():
     assert bias(5, 4).shape == (1, 20, 20)  # a larger one: enlarged
 
 
-@pytest.mark.parametrize("size, patch, expected", [
-    ((64, 64), 8, [(32, 32), (16, 16), (8, 8), (4, 4)]), ((64, 96), 8, [(32, 48), (16, 24), (8, 12), (4, 6)]),
-    ((64, 96), 16, [(16, 24), (8, 12), (4, 6), (2, 3)]), ((32, 64), 4, [(32, 64), (16, 32), (8, 16), (4, 8)])])
+@pytest.mark.parametrize(
+    "size, patch, expected",
+    [
+        ((64, 64), 8, [(32, 32), (16, 16), (8, 8), (4, 4)]),
+        ((64, 96), 8, [(32, 48), (16, 24), (8, 12), (4, 6)]),
+        ((64, 96), 16, [(16, 24), (8, 12), (4, 6), (2, 3)]),
+        ((32, 64), 4, [(32, 64), (16, 32), (8, 16), (4, 8)]),
+    ],
+)
 def test_the_maps_have_the_strides_they_claim(size, patch, expected):
     for kind in ("taps", "simple"):
         pyramid = ViTPyramid(vit(patch_size=patch), window_size=3, pyramid=kind)
         maps = pyramid(torch.randn(1, 3, *size))
-        assert [tuple(m.shape[-2:]) for m in maps.values()] == expected and [m.shape[1] for m in maps.values()] == pyramid.channels
+        assert [tuple(m.shape[-2:]) for m in maps.values()] == expected and [
+            m.shape[1] for m in maps.values()
+        ] == pyramid.channels
         assert [size[0] / m.shape[-2] for m in maps.values()] == pyramid.strides
 
 
@@ -147,7 +174,10 @@ def test_checkpointing_changes_neither_maps_nor_gradients():
     same(*grads, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("options", [dict(), dict(global_blocks="all"), dict(global_blocks="none"), dict(pyramid="simple"), dict(pyramid="single")])
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(global_blocks="all"), dict(global_blocks="none"), dict(pyramid="simple"), dict(pyramid="single")],
+)
 def test_every_trainable_tensor_gets_a_gradient(options):
     model = detector(vit(depth=8), **options)
     images, targets = zip(scene(), empty())
@@ -160,7 +190,7 @@ def test_beits_shared_bias_is_taken_over_by_both_tables():
     nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table)
     table = encoder.rel_pos_bias.relative_position_bias_table.detach().clone()
     pyramid = ViTPyramid(encoder, window_size=4)
-    torch.testing.assert_close(pyramid.bias["global"].relative_position_bias_table.data, table[:15 * 15])
+    torch.testing.assert_close(pyramid.bias["global"].relative_position_bias_table.data, table[: 15 * 15])
     expected = F.interpolate(table[:225].T.view(1, 2, 15, 15), size=(7, 7), mode="bicubic", align_corners=False)
     torch.testing.assert_close(pyramid.bias["window"].relative_position_bias_table.data, expected.view(2, 49).T)
     assert pyramid(torch.randn(1, 3, 64, 64))["0"].isfinite().all()
@@ -172,7 +202,10 @@ def test_beits_shared_bias_is_taken_over_by_both_tables():
 
 def filled(model):
     """A state dict of numbers that no initialization gives."""
-    return {name: torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name))) for name, value in model.state_dict().items()}
+    return {
+        name: torch.randn(value.shape, generator=torch.Generator().manual_seed(len(name)))
+        for name, value in model.state_dict().items()
+    }
 
 
 def official(layout):
@@ -183,10 +216,17 @@ def official(layout):
         state = filled(ViT(**{**small, "num_classes": 10}))
         return {"model": state}, state
     if layout == "moco":  # two encoders and a projection head, under DistributedDataParallel's prefix
-        extra = {f"module.momentum_encoder.{name}": value + 1 for name, value in state.items()} | {"module.predictor.0.weight": torch.ones(4, 4)}
-        return {"arch": "vit", "state_dict": {f"module.base_encoder.{name}": value for name, value in state.items()} | extra}, state
+        extra = {f"module.momentum_encoder.{name}": value + 1 for name, value in state.items()} | {
+            "module.predictor.0.weight": torch.ones(4, 4)
+        }
+        return {
+            "arch": "vit",
+            "state_dict": {f"module.base_encoder.{name}": value for name, value in state.items()} | extra,
+        }, state
     if layout == "mae":
-        extra = dict(mask_token=torch.ones(1, 1, 16), decoder_pos_embed=torch.ones(1, 17, 16)) | {"decoder_pred.weight": torch.ones(192, 16)}
+        extra = dict(mask_token=torch.ones(1, 1, 16), decoder_pos_embed=torch.ones(1, 17, 16)) | {
+            "decoder_pred.weight": torch.ones(192, 16)
+        }
         return {"model": state | extra}, state
     state = filled(ViT(**small, pos_embed=None, rel_pos_bias="shared", layer_scale=0.1))
     published = dict(state)
@@ -201,7 +241,9 @@ def official(layout):
 def test_an_official_checkpoint_arrives_in_the_detector_value_by_value(layout):
     file, state = official(layout)
     options = encoder_options(file)
-    assert options["img_size"] == (32, 32) and (options.get("rel_pos_bias"), "layer_scale" in options) == (("shared", True) if layout == "beit" else (None, False))
+    assert options["img_size"] == (32, 32) and (options.get("rel_pos_bias"), "layer_scale" in options) == (
+        ("shared", True) if layout == "beit" else (None, False)
+    )
     options["depth"] = 8
     encoder, fresh = vit(**options), vit(**options)
     load_pretrained(encoder, file, verbose=False)
@@ -214,20 +256,34 @@ def test_an_official_checkpoint_arrives_in_the_detector_value_by_value(layout):
     for name, value in now.items():
         if name.startswith(inside) and not name.endswith("pos_embed"):  # patch embedding, blocks, layer scale
             assert torch.equal(value, state[name.removeprefix(inside)]) and not torch.equal(value, without[name])
-        elif not name.startswith("backbone.pyramid.bias") and not name.endswith("pos_embed"):  # neck and heads do not change
+        elif not name.startswith("backbone.pyramid.bias") and not name.endswith(
+            "pos_embed"
+        ):  # neck and heads do not change
             assert torch.equal(value, without[name])
 
     def bicubic(rows, old, new):
-        return F.interpolate(rows.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False).flatten(2)[0].T
+        return (
+            F.interpolate(rows.T.reshape(1, -1, old, old), size=(new, new), mode="bicubic", align_corners=False)
+            .flatten(2)[0]
+            .T
+        )
 
-    tables = {name: now[f"backbone.pyramid.bias.{name}.relative_position_bias_table"] for name in ("window", "global")}
+    tables = {
+        name: now[f"backbone.pyramid.bias.{name}.relative_position_bias_table"] for name in ("window", "global")
+    }
     if layout == "beit":
-        published = state["rel_pos_bias.relative_position_bias_table"][:49]  # the last three rows are the class token's
+        published = state["rel_pos_bias.relative_position_bias_table"][
+            :49
+        ]  # the last three rows are the class token's
         assert torch.equal(tables["window"], published)  # of BEiT's own size: bit for bit
         torch.testing.assert_close(tables["global"], bicubic(published, 7, 15), rtol=0, atol=1e-6)
-        assert now[f"{inside}pos_embed"].shape == (1, 64, 32) and 0.015 < now[f"{inside}pos_embed"].std() < 0.025  # random, as in the benchmark
+        assert (
+            now[f"{inside}pos_embed"].shape == (1, 64, 32) and 0.015 < now[f"{inside}pos_embed"].std() < 0.025
+        )  # random, as in the benchmark
     else:
-        torch.testing.assert_close(now[f"{inside}pos_embed"][0], bicubic(state["pos_embed"][0, 1:], 4, 8), rtol=0, atol=1e-6)
+        torch.testing.assert_close(
+            now[f"{inside}pos_embed"][0], bicubic(state["pos_embed"][0, 1:], 4, 8), rtol=0, atol=1e-6
+        )
         assert not any(table.any() for table in tables.values())
 
 
@@ -236,7 +292,9 @@ def test_a_window_larger_than_the_map_keeps_beits_bias():
     encoder = vit(**encoder_options(official("beit")[0]), depth=8)
     nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table)
     pyramid = ViTPyramid(encoder, window_size=14)
-    assert torch.equal(pyramid.bias["window"](4, 4), pyramid.bias["global"](4, 4)) and pyramid.bias["window"].window == (4, 4)
+    assert torch.equal(pyramid.bias["window"](4, 4), pyramid.bias["global"](4, 4)) and pyramid.bias[
+        "window"
+    ].window == (4, 4)
 
 
 def test_a_vit_serves_one_pyramid():
@@ -250,13 +308,23 @@ def test_the_pyramid_says_what_became_of_the_positions():
     file, _ = official("beit")
     pyramid = ViTPyramid(vit(**encoder_options(file), depth=8), window_size=4, img_size=(64, 96))
     assert pyramid.bias["global"].window == (8, 12) and pyramid.vit.pos_embed.shape[1] == 96
-    assert pyramid.positions == [("absolute table", "none", "random 8x12"), ("bias of windowed blocks", "4x4", "4x4"),
-                                 ("bias of global blocks", "4x4", "8x12")]
+    assert pyramid.positions == [
+        ("absolute table", "none", "random 8x12"),
+        ("bias of windowed blocks", "4x4", "4x4"),
+        ("bias of global blocks", "4x4", "8x12"),
+    ]
     pyramid = ViTPyramid(vit(img_size=32), window_size=3, global_blocks="none", img_size=32)
     assert pyramid.positions == [("absolute table", "4x4", "4x4"), ("bias of windowed blocks", "none", "zeros 3x3")]
 
 
-@pytest.mark.parametrize("make", [lambda encoder: MAE(encoder, 32, 1, 1), lambda encoder: MIRL(encoder, 2, 32, 1, 1), lambda encoder: MixMIM(encoder, 32, 1, 1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda encoder: MAE(encoder, 32, 1, 1),
+        lambda encoder: MIRL(encoder, 2, 32, 1, 1),
+        lambda encoder: MixMIM(encoder, 32, 1, 1),
+    ],
+)
 def test_our_own_pretraining_arrives_in_the_detector(make):
     encoder = vit(img_size=32, class_token=True)
     wrapper = make(encoder)
@@ -269,7 +337,9 @@ def test_our_own_pretraining_arrives_in_the_detector(make):
     for name, value in model.backbone.pyramid.vit.blocks.state_dict().items():
         assert torch.equal(value, file["model"][f"encoder.blocks.{name}"])
     rows = file["model"]["encoder.pos_embed"][0, -16:]
-    expected = F.interpolate(rows.T.reshape(1, 32, 4, 4), size=(8, 8), mode="bicubic", align_corners=False).flatten(2)[0].T
+    expected = (
+        F.interpolate(rows.T.reshape(1, 32, 4, 4), size=(8, 8), mode="bicubic", align_corners=False).flatten(2)[0].T
+    )
     torch.testing.assert_close(model.backbone.pyramid.vit.pos_embed.data[0], expected)
 
 
@@ -311,8 +381,18 @@ def test_the_position_table_trains_also_if_it_was_frozen():
 # ---------------------------------------------------------------------------- the detector
 
 
-@pytest.mark.parametrize("options", [dict(), dict(pyramid="simple", norm="layer"), dict(pyramid="single"), dict(norm="batch"), dict(global_blocks="all"),
-                                     dict(global_blocks="none", checkpointing=True), dict(aspect_ratios=(1.0,))])
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(pyramid="simple", norm="layer"),
+        dict(pyramid="single"),
+        dict(norm="batch"),
+        dict(global_blocks="all"),
+        dict(global_blocks="none", checkpointing=True),
+        dict(aspect_ratios=(1.0,)),
+    ],
+)
 def test_one_training_and_one_evaluation_step_on_rectangles(options):
     model = detector(**options)
     images, targets = zip(scene(64, 96), scene(96, 64), empty(48, 48))
@@ -330,8 +410,14 @@ def test_one_training_and_one_evaluation_step_on_rectangles(options):
             assert one["labels"].min() >= 1 and one["labels"].max() <= 3
 
 
-@pytest.mark.parametrize("encoder", [lambda: create_mixmim("mixmim_demo", num_classes=0), lambda: create_resnet("resnet18", num_classes=0),
-                                     lambda: torchvision.models.resnet50()])
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        lambda: create_mixmim("mixmim_demo", num_classes=0),
+        lambda: create_resnet("resnet18", num_classes=0),
+        lambda: torchvision.models.resnet50(),
+    ],
+)
 def test_other_encoders_take_the_same_heads(encoder):
     model = detector(encoder())
     images, targets = zip(scene(), scene())
@@ -358,9 +444,13 @@ def test_the_anchors_of_each_level_are_eight_strides_and_the_head_fits_them():
 
 def test_the_upgraded_heads_are_torchvisions():
     ours = vit_mask_rcnn(torchvision.models.resnet50(), 90, img_size=1024)
-    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn_v2(weights=None, weights_backbone=None, num_classes=91)
+    theirs = torchvision.models.detection.maskrcnn_resnet50_fpn_v2(
+        weights=None, weights_backbone=None, num_classes=91
+    )
     for part in ("rpn", "roi_heads"):
-        assert {k: v.shape for k, v in getattr(ours, part).state_dict().items()} == {k: v.shape for k, v in getattr(theirs, part).state_dict().items()}
+        assert {k: v.shape for k, v in getattr(ours, part).state_dict().items()} == {
+            k: v.shape for k, v in getattr(theirs, part).state_dict().items()
+        }
 
 
 def test_vit_b_in_the_benchmarks_detector_has_as_many_parameters_as_its_published_reimplementation():
@@ -385,17 +475,20 @@ def test_the_random_start_divides_the_last_layers_of_block_l_by_the_root_of_2l()
         assert block.mlp.fc2.weight.std().item() == pytest.approx(0.02 * 0.54 / (2 * number) ** 0.5, rel=0.05)
 
 
-@pytest.mark.parametrize("change, words", [
-    (dict(boxes=torch.tensor([[8.0, 8, 4, 40]])), "positive area"),
-    (dict(boxes=torch.tensor([[8.0, 8, 70, 40]])), "inside 64x64"),
-    (dict(boxes=torch.tensor([[-1.0, 8, 40, 40]])), "inside 64x64"),
-    (dict(boxes=torch.tensor([[float("nan"), 8, 40, 40]])), "positive area"),
-    (dict(boxes=torch.tensor([8.0, 8, 40, 40])), "must be"),
-    (dict(labels=torch.tensor([0])), "background"),
-    (dict(labels=torch.tensor([4])), r"1\.\.3"),
-    (dict(labels=torch.tensor([1, 2])), r"labels \(2,\)"),
-    (dict(masks=torch.zeros(1, 32, 64, dtype=torch.uint8)), r"masks \(1, 32, 64\)"),
-])
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(boxes=torch.tensor([[8.0, 8, 4, 40]])), "positive area"),
+        (dict(boxes=torch.tensor([[8.0, 8, 70, 40]])), "inside 64x64"),
+        (dict(boxes=torch.tensor([[-1.0, 8, 40, 40]])), "inside 64x64"),
+        (dict(boxes=torch.tensor([[float("nan"), 8, 40, 40]])), "positive area"),
+        (dict(boxes=torch.tensor([8.0, 8, 40, 40])), "must be"),
+        (dict(labels=torch.tensor([0])), "background"),
+        (dict(labels=torch.tensor([4])), r"1\.\.3"),
+        (dict(labels=torch.tensor([1, 2])), r"labels \(2,\)"),
+        (dict(masks=torch.zeros(1, 32, 64, dtype=torch.uint8)), r"masks \(1, 32, 64\)"),
+    ],
+)
 def test_a_wrong_target_is_refused_with_its_name(change, words):
     image, target = scene()
     check_target(image, target, 3)
@@ -406,17 +499,20 @@ def test_a_wrong_target_is_refused_with_its_name(change, words):
     assert str(error.value).startswith("sample 17") and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: ViTPyramid(vit(depth=6)), "quarters"),
-    (lambda: ViTPyramid(vit(), pyramid="fancy"), "fancy"),
-    (lambda: ViTPyramid(vit(), global_blocks="some"), "some"),
-    (lambda: ViTPyramid(vit(), global_blocks=[9]), "0..3"),
-    (lambda: ViTPyramid(vit(patch_size=2)), "patch_size 2"),
-    (lambda: detector(classes=0), "num_classes"),
-    (lambda: detector(norm="spectral"), "spectral"),
-    (lambda: detector(anchor_sizes=[(8,)] * 4 + [(8, 16)]), "anchor_sizes"),
-    (lambda: detector(nn.Linear(3, 3)), "Linear"),
-])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: ViTPyramid(vit(depth=6)), "quarters"),
+        (lambda: ViTPyramid(vit(), pyramid="fancy"), "fancy"),
+        (lambda: ViTPyramid(vit(), global_blocks="some"), "some"),
+        (lambda: ViTPyramid(vit(), global_blocks=[9]), "0..3"),
+        (lambda: ViTPyramid(vit(patch_size=2)), "patch_size 2"),
+        (lambda: detector(classes=0), "num_classes"),
+        (lambda: detector(norm="spectral"), "spectral"),
+        (lambda: detector(anchor_sizes=[(8,)] * 4 + [(8, 16)]), "anchor_sizes"),
+        (lambda: detector(nn.Linear(3, 3)), "Linear"),
+    ],
+)
 def test_bad_input_is_named(make, words):
     with pytest.raises(ValueError, match=words):
         make()

@@ -6,7 +6,19 @@ import re
 import pytest
 import torch
 from small_runs import (
-    DETECT, STILL, assert_same_bits, assert_same_run, checkpoint, judged, killed, log, on_each_loss, refused, start, weights)
+    DETECT,
+    STILL,
+    assert_same_bits,
+    assert_same_run,
+    checkpoint,
+    judged,
+    killed,
+    log,
+    on_each_loss,
+    refused,
+    start,
+    weights,
+)
 
 import train
 from data import first_of_shuffle
@@ -82,9 +94,15 @@ def test_a_beit_is_built_with_its_bias_and_layer_scale(tmp_path, capsys, flags):
         assert "rel_pos_bias.relative_position_bias_table" in names
 
 
-@pytest.mark.parametrize("options, flags, word", [
-    (dict(patch_size=4), "--patch-size 8", "--patch-size 4"), (dict(), "--no-rel-pos", "--no-rel-pos"),
-    (dict(), "--no-class-token", "--no-class-token"), (dict(rel_pos_bias="block"), "", "block")])
+@pytest.mark.parametrize(
+    "options, flags, word",
+    [
+        (dict(patch_size=4), "--patch-size 8", "--patch-size 4"),
+        (dict(), "--no-rel-pos", "--no-rel-pos"),
+        (dict(), "--no-class-token", "--no-class-token"),
+        (dict(rel_pos_bias="block"), "", "block"),
+    ],
+)
 def test_a_beit_that_does_not_fit_the_flags_is_named(tmp_path, capsys, options, flags, word):
     file = beit_file(tmp_path / "beit.pth", **options)
     error = refused(f"{DETECT} {flags} --init {file}", capsys, tmp_path / "run")
@@ -145,9 +163,15 @@ def test_class_agnostic_detection_has_one_class(tmp_path):
     assert 0 <= log(tmp_path)[-1]["proposal_recall"] <= 100
 
 
-@pytest.mark.parametrize("flags", [
-    "--model mixmim_demo --img-size 64", "--model resnet18 --img-size 64", f"{SIZES} --pyramid simple --norm layer",
-    f"{SIZES} --pyramid single --global-blocks none --window-size 3 --no-rel-pos --checkpointing"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model mixmim_demo --img-size 64",
+        "--model resnet18 --img-size 64",
+        f"{SIZES} --pyramid simple --norm layer",
+        f"{SIZES} --pyramid single --global-blocks none --window-size 3 --no-rel-pos --checkpointing",
+    ],
+)
 def test_other_detectors_train_a_step(tmp_path, flags):
     start(f"--task detect --data-size 4 --batch-size 4 --epochs 1 {flags}", tmp_path)
     assert math.isfinite(log(tmp_path)[-1]["train_loss"])

@@ -108,7 +108,8 @@ def test_the_older_name_of_contrast_is_an_error_that_names_the_task(capsys):
     assert "--loss" in error and "contrast" in error
 
 
-# ---------------------------------------------------------------------------- flags of other methods, optimizers, sets
+# ---------------------------------------------------------------------------- flags of other methods, optimizers,
+# sets
 
 
 def cross(owners, values, template):

@@ -12,8 +12,20 @@ from torch.utils.flop_counter import FlopCounterMode
 import mae
 import mirl
 import mixmim
-from golden_inputs import (TOLERANCE, assert_agree, compare_grads, compare_tensor, first_values, golden_cases, image_batch,
-                           load_case, masking_noise, official_state, parameter, relative)
+from golden_inputs import (
+    TOLERANCE,
+    assert_agree,
+    compare_grads,
+    compare_tensor,
+    first_values,
+    golden_cases,
+    image_batch,
+    load_case,
+    masking_noise,
+    official_state,
+    parameter,
+    relative,
+)
 from mae import MAE
 from masking import choose_patches, enlarge_mask
 from mirl import MIRL
@@ -41,21 +53,38 @@ def build(case):
         encoder = HierarchicalViT(**{key: config[key] for key in keys}, num_classes=config.get("num_classes", 0))
         if case["kind"] == "mixmim_finetune":
             return encoder, mixmim.convert_official
-        return MixMIM(encoder, config["decoder_dim"], config["decoder_depth"], config["decoder_num_heads"],
-                      config["norm_pix_loss"]), mixmim.convert_official
+        return MixMIM(
+            encoder,
+            config["decoder_dim"],
+            config["decoder_depth"],
+            config["decoder_num_heads"],
+            config["norm_pix_loss"],
+        ), mixmim.convert_official
     assert config["layer_norm_eps"] == 1e-6
-    sizes = {key: config[key] for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")}
+    sizes = {
+        key: config[key]
+        for key in ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio")
+    }
     if case["kind"] == "vit_finetune":
         pool = "mean" if config["global_pool"] else "cls"
         return ViT(**sizes, num_classes=config["num_classes"], pool=pool), dict
     decoder = {key: config[key] for key in ("decoder_depth", "decoder_num_heads")}
     if case["kind"] == "mae_pretrain":
-        return MAE(ViT(**sizes), decoder_embed_dim=config["decoder_embed_dim"], norm_pix_loss=config["norm_pix_loss"],
-                   **decoder), mae.convert_official
+        return MAE(
+            ViT(**sizes),
+            decoder_embed_dim=config["decoder_embed_dim"],
+            norm_pix_loss=config["norm_pix_loss"],
+            **decoder,
+        ), mae.convert_official
     widths, step = config["decoder_embed_dims"], config["depth"] // len(config["decoder_embed_dims"])
     assert len(set(widths)) == 1 and config["out_indices"] == [step * k - 1 for k in range(1, len(widths))]
-    return MIRL(ViT(**sizes), segments=len(widths), decoder_embed_dim=widths[0], weight_norm_pred=config["weight_norm_pred"],
-                **decoder), mirl.convert_official
+    return MIRL(
+        ViT(**sizes),
+        segments=len(widths),
+        decoder_embed_dim=widths[0],
+        weight_norm_pred=config["weight_norm_pred"],
+        **decoder,
+    ), mirl.convert_official
 
 
 @functools.lru_cache(maxsize=None)
@@ -79,7 +108,9 @@ def results(name, dtype):
     seen = {}
 
     def watch(module, key, give_input=False):
-        module.register_forward_hook(lambda _, inputs, output: seen.update({key: inputs[0] if give_input else output}))
+        module.register_forward_hook(
+            lambda _, inputs, output: seen.update({key: inputs[0] if give_input else output})
+        )
 
     result = SimpleNamespace(terms={}, logits=None, mask=None, tensors=seen)
     model.train()
@@ -175,7 +206,9 @@ def test_our_relative_position_indices_are_the_official_ones(name):
     assert set(buffers) == set(FILLED[name]["integer_buffers"])
     for key, entry in FILLED[name]["integer_buffers"].items():
         assert list(buffers[key].shape) == entry["shape"] and buffers[key].sum() == entry["sum"]
-        assert buffers[key][0, :8].tolist() == entry["first_row"] and buffers[key][-1, :8].tolist() == entry["last_row"]
+        assert (
+            buffers[key][0, :8].tolist() == entry["first_row"] and buffers[key][-1, :8].tolist() == entry["last_row"]
+        )
 
 
 @every_mixmim_case
@@ -207,7 +240,9 @@ def test_the_mask_is_exactly_the_official_one(name, dtype):
     case, config = FILLED[name], FILLED[name]["config"]
     assert torch.equal(results(name, dtype).mask, torch.tensor(case["mask"]).float())
     imgs = image_batch(case["input"]["batch"], config["img_size"])
-    split = choose_patches(imgs, imgs.shape[-2:], config["patch_size"], config["mask_ratio"], noise=torch.tensor(case["noise"]))
+    split = choose_patches(
+        imgs, imgs.shape[-2:], config["patch_size"], config["mask_ratio"], noise=torch.tensor(case["noise"])
+    )
     assert split.ids_restore.tolist() == case["ids_restore"]
     assert torch.equal(split.mask, torch.tensor(case["mask"]).float())
 
@@ -265,7 +300,9 @@ def test_the_effective_prediction_weights_are_the_official_ones(name):
         off[f"{key} least"] = relative(columns.min(), entry["column_l2_min"]) / tolerance["slices"]
         off[f"{key} most"] = relative(columns.max(), entry["column_l2_max"]) / tolerance["slices"]
         for row in (0, 1):
-            off[f"{key} row {row}"] = first_values(weight[row], entry[f"row{row}_first"], weight.std().item()) / tolerance["slices"]
+            off[f"{key} row {row}"] = (
+                first_values(weight[row], entry[f"row{row}_first"], weight.std().item()) / tolerance["slices"]
+            )
     if case["config"]["weight_norm_pred"]:
         assert len(case["effective_pred_weight"]) == 6
     if off:
@@ -275,12 +312,22 @@ def test_the_effective_prediction_weights_are_the_official_ones(name):
 # ---------------------------------------------------------------------------- real sizes, on the meta device
 
 FACTS = load_case("facts")["models"]
-VITS = {"vit_s16": "ViT-S/16", "vit_b16": "ViT-B/16", "vit_l16": "ViT-L/16", "vit_s54": "ViT-S-54", "vit_b24": "ViT-B-24",
-        "vit_b48": "ViT-B-48"}
+VITS = {
+    "vit_s16": "ViT-S/16",
+    "vit_b16": "ViT-B/16",
+    "vit_l16": "ViT-L/16",
+    "vit_s54": "ViT-S-54",
+    "vit_b24": "ViT-B-24",
+    "vit_b48": "ViT-B-48",
+}
 PRETRAINERS = {
     "MAE ViT-B/16 pre-train": lambda: MAE(create_vit("vit_b16")),
-    "MIRL ViT-S-54 pre-train": lambda: MIRL(create_vit("vit_s54"), 6, decoder_embed_dim=384, decoder_depth=1, decoder_num_heads=12),
-    "MIRL ViT-B-48 pre-train": lambda: MIRL(create_vit("vit_b48"), 6, decoder_embed_dim=512, decoder_depth=2, decoder_num_heads=16),
+    "MIRL ViT-S-54 pre-train": lambda: MIRL(
+        create_vit("vit_s54"), 6, decoder_embed_dim=384, decoder_depth=1, decoder_num_heads=12
+    ),
+    "MIRL ViT-B-48 pre-train": lambda: MIRL(
+        create_vit("vit_b48"), 6, decoder_embed_dim=512, decoder_depth=2, decoder_num_heads=16
+    ),
 }
 
 

@@ -203,14 +203,28 @@ def test_tables_are_fixed_sincos_and_frozen():
         assert not table[0, 0].any() and table[0, 1:].norm(dim=1).min() > 1  # zero for the class token only
 
 
-@pytest.mark.parametrize("encoder", [dict(), dict(pool="mean", num_classes=10), dict(in_chans=1), dict(in_chans=5),
-                                     dict(img_size=(8, 40)), dict(pos_embed=None), dict(layer_scale=0.1), dict(drop_path=0.1),
-                                     dict(checkpointing=True)], ids=str)
+@pytest.mark.parametrize(
+    "encoder",
+    [
+        dict(),
+        dict(pool="mean", num_classes=10),
+        dict(in_chans=1),
+        dict(in_chans=5),
+        dict(img_size=(8, 40)),
+        dict(pos_embed=None),
+        dict(layer_scale=0.1),
+        dict(drop_path=0.1),
+        dict(checkpointing=True),
+    ],
+    ids=str,
+)
 def test_every_trainable_parameter_gets_a_gradient(encoder):
     model = tiny(encoder).train()
     torch.manual_seed(3)
     model(images(16, encoder.get("in_chans", 3), encoder.get("img_size", (16, 24)))).loss.backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missing = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert missing == []
 
 
@@ -225,11 +239,14 @@ def test_any_number_of_channels_and_any_rectangle_work(channels, size):
     assert model.reconstruct(imgs).shape == imgs.shape
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(rel_pos_bias="shared"), "rel_pos_bias=None"),
-    (dict(rel_pos_bias="block"), "rel_pos_bias=None"),
-    (dict(class_token=False, pool="mean"), "class_token=True"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(rel_pos_bias="shared"), "rel_pos_bias=None"),
+        (dict(rel_pos_bias="block"), "rel_pos_bias=None"),
+        (dict(class_token=False, pool="mean"), "class_token=True"),
+    ],
+)
 def test_encoders_it_cannot_train_are_refused_with_one_sentence(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
         tiny(wrong)
@@ -257,8 +274,12 @@ def test_a_refused_decoder_leaves_the_encoder_as_it_was():
 
 def test_it_overfits_a_few_images():
     torch.manual_seed(0)
-    model = MAE(ViT(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4), decoder_embed_dim=48, decoder_depth=1,
-                decoder_num_heads=2)
+    model = MAE(
+        ViT(img_size=32, patch_size=4, embed_dim=64, depth=2, num_heads=4),
+        decoder_embed_dim=48,
+        decoder_depth=1,
+        decoder_num_heads=2,
+    )
     imgs = shapes(16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     losses = []

@@ -6,9 +6,28 @@ from einops import EinopsError
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from masking import (block_mask, choose_patches, enlarge_mask, grid_mask, hide, mask_from_image, masked_loss, mix_mask,
-                     normalize_patches, num_masked, num_visible, paste, patch_mean_loss, patch_statistics, patchify, random_mask,
-                     split_by_mask, split_by_noise, unpatchify, unshuffle)
+from masking import (
+    block_mask,
+    choose_patches,
+    enlarge_mask,
+    grid_mask,
+    hide,
+    mask_from_image,
+    masked_loss,
+    mix_mask,
+    normalize_patches,
+    num_masked,
+    num_visible,
+    paste,
+    patch_mean_loss,
+    patch_statistics,
+    patchify,
+    random_mask,
+    split_by_mask,
+    split_by_noise,
+    unpatchify,
+    unshuffle,
+)
 
 MAKERS = {"random": random_mask, "block": block_mask, "grid": grid_mask}
 every_maker = pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS)
@@ -133,8 +152,10 @@ def test_choose_patches_refuses_what_does_not_fit_the_images():
         choose_patches(imgs, (16, 16), 4, 0.5)
 
 
-@pytest.mark.parametrize("name, shape", [("noise", (8,)), ("noise", (2, 7)), ("noise", (2, 2, 4)), ("mask", (1, 2, 4)),
-                                         ("mask", (2, 8, 1, 2))])
+@pytest.mark.parametrize(
+    "name, shape",
+    [("noise", (8,)), ("noise", (2, 7)), ("noise", (2, 2, 4)), ("mask", (1, 2, 4)), ("mask", (2, 8, 1, 2))],
+)
 def test_noise_and_masks_of_the_wrong_shape_are_refused(name, shape):
     with pytest.raises(ValueError, match=rf"{name} .*\(2, 8\)"):  # noise (N,) is MixMIM's
         choose_patches(torch.zeros(2, 3, 8, 16), (8, 16), 4, 0.5, **{name: torch.zeros(shape)})
@@ -218,7 +239,9 @@ def test_a_drawn_mask_removes_the_patches_it_covers_enough():
     picture[0, 0, 4] = 1  # a quarter of one patch
     assert mask_from_image(picture, 2).tolist() == [[[True, True, False, False]] * 2]
     assert mask_from_image(picture, 2, threshold=0.6).tolist() == [[[True, False, False, False]] * 2]
-    assert mask_from_image(picture, 2, threshold=0.25).tolist() == [[[True, True, True, False], [True, True, False, False]]]
+    assert mask_from_image(picture, 2, threshold=0.25).tolist() == [
+        [[True, True, True, False], [True, True, False, False]]
+    ]
 
 
 @quick
@@ -252,7 +275,9 @@ def test_normalized_patches_have_mean_zero_and_unbiased_variance_one():
     patches = 5 + 3 * torch.randn(4, 9, 48, generator=seeded(), dtype=torch.float64)
     target = normalize_patches(patches)
     torch.testing.assert_close(target.mean(-1), torch.zeros(4, 9, dtype=torch.float64), atol=1e-12, rtol=0)
-    torch.testing.assert_close(target.var(-1, unbiased=True), torch.ones(4, 9, dtype=torch.float64), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        target.var(-1, unbiased=True), torch.ones(4, 9, dtype=torch.float64), atol=1e-6, rtol=0
+    )
     by_hand = normalize_patches(torch.tensor([1.0, 2.0, 3.0, 6.0]))  # mean 3, unbiased variance 14 / 3
     torch.testing.assert_close(by_hand, torch.tensor([-2.0, -1.0, 0.0, 3.0]) / (14 / 3 + 1e-6) ** 0.5)
 
@@ -296,7 +321,9 @@ def test_predicting_each_patchs_mean_scores_the_biased_variance():
     assert patch_mean_loss(imgs, 4).item() == pytest.approx(47 / 48, rel=1e-3)
     patches = patchify(imgs, 4)
     constant = patches.mean(-1, keepdim=True).expand_as(patches)
-    assert patch_mean_loss(imgs, 4, normalize=False).item() == pytest.approx(masked_loss(constant, patches, torch.ones(2, 16)).item())
+    assert patch_mean_loss(imgs, 4, normalize=False).item() == pytest.approx(
+        masked_loss(constant, patches, torch.ones(2, 16)).item()
+    )
 
 
 # ---------------------------------------------------------------------------- pictures

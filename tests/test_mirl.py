@@ -43,7 +43,9 @@ def repaint(imgs, mask):
 def features(model, imgs):
     """All normalized z_k of a real forward pass."""
     seen = []
-    handles = [m.register_forward_hook(lambda *args: seen.append(args[2])) for m in [*model.norms, model.encoder.norm]]
+    handles = [
+        m.register_forward_hook(lambda *args: seen.append(args[2])) for m in [*model.norms, model.encoder.norm]
+    ]
     model(imgs, noise=noise())
     for handle in handles:
         handle.remove()
@@ -169,7 +171,9 @@ def test_a_shallow_prediction_does_not_need_the_blocks_below_it():
     model = tiny(4)
     out = model(images(), noise=noise())
     for k, pred in enumerate(out.pred):
-        grads = torch.autograd.grad(pred.sum(), [b.mlp.fc1.weight for b in model.encoder.blocks], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            pred.sum(), [b.mlp.fc1.weight for b in model.encoder.blocks], retain_graph=True, allow_unused=True
+        )
         assert [g is not None and bool(g.any()) for g in grads] == [i < 3 * (k + 1) for i in range(12)]
 
 
@@ -178,7 +182,9 @@ def test_the_dense_context_holds_all_earlier_segments(dense):
     model = tiny(4, dense_context=dense)
     out = model(images(), noise=noise())
     for k, pred in enumerate(out.pred, start=1):
-        grads = torch.autograd.grad(pred.sum(), [e.weight for e in model.embeds], retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            pred.sum(), [e.weight for e in model.embeds], retain_graph=True, allow_unused=True
+        )
         read = [i for i, g in enumerate(grads) if g is not None and g.any()]
         assert read == (list(range(k + 1)) if dense else [0, k])
 
@@ -194,20 +200,23 @@ def test_decoder_k_asks_the_k_features_before_its_own(dense):
         torch.testing.assert_close(context, torch.cat(t[:k], dim=1) if dense else t[0], atol=0, rtol=0)
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(segments=3), r"segments 3 .*depth 12.*\[2, 4, 6, 12\]"),
-    (dict(segments=5), "segments 5"),
-    (dict(segments=8), "segments 8 .*depth 12"),
-    (dict(segments=0), "segments 0"),
-    (dict(segments=-2), "segments -2"),
-    (dict(segments=24), "segments 24"),
-    (dict(encoder=dict(depth=9)), "segments 4 .*depth 9"),
-    (dict(decoder_num_heads=5), "decoder_embed_dim 24 .*decoder_num_heads 5"),
-    (dict(decoder_embed_dim=26), "multiple of 4.*26"),
-    (dict(encoder=dict(rel_pos_bias="shared")), "rel_pos_bias=None"),
-    (dict(encoder=dict(rel_pos_bias="block")), "rel_pos_bias=None"),
-    (dict(encoder=dict(class_token=False, pool="mean")), "class_token=True"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(segments=3), r"segments 3 .*depth 12.*\[2, 4, 6, 12\]"),
+        (dict(segments=5), "segments 5"),
+        (dict(segments=8), "segments 8 .*depth 12"),
+        (dict(segments=0), "segments 0"),
+        (dict(segments=-2), "segments -2"),
+        (dict(segments=24), "segments 24"),
+        (dict(encoder=dict(depth=9)), "segments 4 .*depth 9"),
+        (dict(decoder_num_heads=5), "decoder_embed_dim 24 .*decoder_num_heads 5"),
+        (dict(decoder_embed_dim=26), "multiple of 4.*26"),
+        (dict(encoder=dict(rel_pos_bias="shared")), "rel_pos_bias=None"),
+        (dict(encoder=dict(rel_pos_bias="block")), "rel_pos_bias=None"),
+        (dict(encoder=dict(class_token=False, pool="mean")), "class_token=True"),
+    ],
+)
 def test_what_does_not_fit_is_refused_with_one_sentence(wrong, words):
     with pytest.raises(ValueError, match=words) as error:
         tiny(**wrong)
@@ -231,7 +240,11 @@ def test_prediction_columns_keep_unit_length_through_training():
         torch.testing.assert_close(weight.norm(dim=0), torch.ones(24), atol=1e-5, rtol=0)
     assert not torch.allclose(before, model.decoders[0].pred.weight)
     magnitudes = [p for name, p in model.named_parameters() if name.endswith("original0")]
-    assert len(magnitudes) == 4 and not any(p.requires_grad for p in magnitudes) and all((p == 1).all() for p in magnitudes)
+    assert (
+        len(magnitudes) == 4
+        and not any(p.requires_grad for p in magnitudes)
+        and all((p == 1).all() for p in magnitudes)
+    )
 
 
 def test_without_weight_norm_the_prediction_is_a_plain_linear():
@@ -311,23 +324,39 @@ def test_the_encoder_inside_is_the_plain_vit():
     assert torch.equal(seen, model.encoder.forward_features(images()))
 
 
-@pytest.mark.parametrize("options", [dict(), dict(segments=2), dict(segments=12), dict(pairing=False), dict(weight_norm_pred=False),
-                                     dict(decoder_depth=2), dict(encoder=dict(pool="mean", num_classes=10)),
-                                     dict(encoder=dict(in_chans=1)), dict(encoder=dict(in_chans=5, img_size=(8, 40))),
-                                     dict(encoder=dict(checkpointing=True, drop_path=0.1))], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(segments=2),
+        dict(segments=12),
+        dict(pairing=False),
+        dict(weight_norm_pred=False),
+        dict(decoder_depth=2),
+        dict(encoder=dict(pool="mean", num_classes=10)),
+        dict(encoder=dict(in_chans=1)),
+        dict(encoder=dict(in_chans=5, img_size=(8, 40))),
+        dict(encoder=dict(checkpointing=True, drop_path=0.1)),
+    ],
+    ids=str,
+)
 def test_every_trainable_parameter_gets_a_gradient(options):
     model = tiny(**options).train()
     encoder = options.get("encoder", {})
     torch.manual_seed(3)
     model(images(16, encoder.get("in_chans", 3), encoder.get("img_size", (16, 24)))).loss.backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missing = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert missing == []
 
 
 def test_every_trainable_parameter_gets_a_gradient_without_the_dense_context():
     model = tiny(dense_context=False)
     model(images(16)).loss.backward()
-    assert [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())] == []
+    assert [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ] == []
 
 
 @pytest.mark.parametrize("channels", [1, 5])
@@ -345,8 +374,13 @@ def test_any_number_of_channels_and_any_rectangle_work(channels, size):
 
 def test_it_overfits_a_few_images():
     torch.manual_seed(0)
-    model = MIRL(ViT(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4), 4, decoder_embed_dim=48, decoder_depth=1,
-                 decoder_num_heads=2)
+    model = MIRL(
+        ViT(img_size=32, patch_size=8, embed_dim=64, depth=4, num_heads=4),
+        4,
+        decoder_embed_dim=48,
+        decoder_depth=1,
+        decoder_num_heads=2,
+    )
     imgs = shapes(16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, betas=(0.9, 0.95))
     pairs = []

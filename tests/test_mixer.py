@@ -9,8 +9,12 @@ from golden_inputs import load_case
 from mixer import PRESETS, Mixer, MixerBlock, create_mixer
 
 TINY = dict(img_size=32, patch_size=8, num_classes=10, embed_dim=48, depth=3)
-OFFICIAL = {"mixer_s32": ("Mixer-S/32", 19_104_624), "mixer_s16": ("Mixer-S/16", 18_528_264),
-            "mixer_b32": ("Mixer-B/32", 60_293_428), "mixer_b16": ("Mixer-B/16", 59_880_472)}
+OFFICIAL = {
+    "mixer_s32": ("Mixer-S/32", 19_104_624),
+    "mixer_s16": ("Mixer-S/16", 18_528_264),
+    "mixer_b32": ("Mixer-B/32", 60_293_428),
+    "mixer_b16": ("Mixer-B/16", 59_880_472),
+}
 
 
 def tiny(**options):
@@ -35,9 +39,21 @@ def close(a, b, tolerance=1e-5):
 # ---------------------------------------------------------------------------- agreement with timm
 
 
-@pytest.mark.parametrize("options", [
-    dict(), dict(img_size=(16, 40)), dict(img_size=(40, 16), patch_size=4), dict(img_size=8), dict(in_chans=1), dict(in_chans=5),
-    dict(mlp_ratio=(0.25, 2.0)), dict(embed_dim=40, depth=1, patch_size=16), dict(num_classes=0)], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(),
+        dict(img_size=(16, 40)),
+        dict(img_size=(40, 16), patch_size=4),
+        dict(img_size=8),
+        dict(in_chans=1),
+        dict(in_chans=5),
+        dict(mlp_ratio=(0.25, 2.0)),
+        dict(embed_dim=40, depth=1, patch_size=16),
+        dict(num_classes=0),
+    ],
+    ids=str,
+)
 def test_timm_gives_the_same_outputs_and_gradients_from_the_same_weights(options):
     timm_mixer = pytest.importorskip("timm.models.mlp_mixer")
     ours = tiny(**options)
@@ -52,7 +68,9 @@ def test_timm_gives_the_same_outputs_and_gradients_from_the_same_weights(options
     theirs = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
         scale = theirs[name].grad.abs().max().item()
-        torch.testing.assert_close(p.grad, theirs[name].grad, atol=1e-5 * scale, rtol=1e-5, msg=lambda text: f"{name}: {text}")
+        torch.testing.assert_close(
+            p.grad, theirs[name].grad, atol=1e-5 * scale, rtol=1e-5, msg=lambda text: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("preset", OFFICIAL)
@@ -209,11 +227,18 @@ def test_weights_start_as_in_the_official_code(options):
     torch.manual_seed(0)
     model = create_mixer("mixer_s16", depth=2, **options)
     block = model.blocks[1]
-    for weight, fan_in in ((model.stem.proj.weight, 3 * 16 * 16), (block.mlp_tokens.fc1.weight, 196), (block.mlp_tokens.fc2.weight, 256),
-                           (block.mlp_channels.fc1.weight, 512), (block.mlp_channels.fc2.weight, 2048)):
+    for weight, fan_in in (
+        (model.stem.proj.weight, 3 * 16 * 16),
+        (block.mlp_tokens.fc1.weight, 196),
+        (block.mlp_tokens.fc2.weight, 256),
+        (block.mlp_channels.fc1.weight, 512),
+        (block.mlp_channels.fc2.weight, 2048),
+    ):
         assert weight.std().item() == pytest.approx(fan_in**-0.5, rel=0.02)
         assert weight.abs().max() <= 2 / 0.8796 * fan_in**-0.5  # cut at two sigma of the uncut normal
-    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias") or name.startswith("head"))
+    assert not any(
+        p.any() for name, p in model.named_parameters() if name.endswith("bias") or name.startswith("head")
+    )
     assert all((m.weight == 1).all() and m.eps == 1e-6 for m in model.modules() if isinstance(m, torch.nn.LayerNorm))
 
 
@@ -221,7 +246,9 @@ def test_activations_are_modules_that_a_hook_can_watch():
     model, seen = tiny(), []
     for block in model.blocks:
         for mlp in (block.mlp_tokens, block.mlp_channels):
-            mlp.act.register_forward_hook(lambda module, args, out: seen.append((tuple(out.shape), (out > 0).float().mean().item())))
+            mlp.act.register_forward_hook(
+                lambda module, args, out: seen.append((tuple(out.shape), (out > 0).float().mean().item()))
+            )
     model(images())
     assert [shape for shape, _ in seen] == 3 * [(3, 48, 24), (3, 16, 192)]
     assert all(0 < active < 1 for _, active in seen)
@@ -268,23 +295,29 @@ def test_sixteen_images_are_memorised():
 # ---------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(img_size=30), r"img_size 30 .*patch_size 8; try 24 or 32"),
-    (dict(img_size=(32, 30)), r"img_size 30 .*patch_size 8; try 24 or 32"),
-    (dict(img_size=4), r"img_size 4 .*patch_size 8; try 8"),
-    (dict(img_size=0), r"img_size 0 .*patch_size 8; try 8"),
-    (dict(weight_init="mae"), r"weight_init 'mae' .*'jax'"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(img_size=30), r"img_size 30 .*patch_size 8; try 24 or 32"),
+        (dict(img_size=(32, 30)), r"img_size 30 .*patch_size 8; try 24 or 32"),
+        (dict(img_size=4), r"img_size 4 .*patch_size 8; try 8"),
+        (dict(img_size=0), r"img_size 0 .*patch_size 8; try 8"),
+        (dict(weight_init="mae"), r"weight_init 'mae' .*'jax'"),
+    ],
+)
 def test_wrong_settings_are_refused_with_a_way_out_in_one_line(wrong, words):
     with pytest.raises(ValueError, match=words) as caught:
         Mixer(**{**TINY, **wrong})
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("imgs, words", [
-    (torch.zeros(2, 3, 40, 32), r"\(40, 32\).*img_size \(32, 32\)"),
-    (torch.zeros(2, 3, 16, 64), r"\(16, 64\).*img_size \(32, 32\)"),  # as many tokens, but other places
-])
+@pytest.mark.parametrize(
+    "imgs, words",
+    [
+        (torch.zeros(2, 3, 40, 32), r"\(40, 32\).*img_size \(32, 32\)"),
+        (torch.zeros(2, 3, 16, 64), r"\(16, 64\).*img_size \(32, 32\)"),  # as many tokens, but other places
+    ],
+)
 def test_wrong_images_are_refused_in_one_line(imgs, words):
     with pytest.raises(ValueError, match=words) as caught:
         tiny()(imgs)

@@ -6,8 +6,22 @@ from argparse import Namespace
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, DETECT, FLAT, RESNET, SEGMENT, STILL, VIT, assert_close, assert_same_bits, built, checkpoint, log, on_each_loss,
-    start, weights)
+    CLASSIFY,
+    DETECT,
+    FLAT,
+    RESNET,
+    SEGMENT,
+    STILL,
+    VIT,
+    assert_close,
+    assert_same_bits,
+    built,
+    checkpoint,
+    log,
+    on_each_loss,
+    start,
+    weights,
+)
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 
@@ -58,9 +72,19 @@ def learning_rate(step, min_lr=0.0, warmup=10, schedule="cosine"):
     return optim.lr_at(step, plan, Namespace(min_lr=min_lr, schedule=schedule))
 
 
-@pytest.mark.parametrize("step, min_lr, expected", [
-    (0, 0, 0), (5, 0, 0.5), (10, 0, 1), (40, 0, 0.75),  # cos(pi / 3) = 1/2
-    (55, 0, 0.5), (100, 0, 0), (55, 0.1, 0.55), (100, 0.1, 0.1)])
+@pytest.mark.parametrize(
+    "step, min_lr, expected",
+    [
+        (0, 0, 0),
+        (5, 0, 0.5),
+        (10, 0, 1),
+        (40, 0, 0.75),  # cos(pi / 3) = 1/2
+        (55, 0, 0.5),
+        (100, 0, 0),
+        (55, 0.1, 0.55),
+        (100, 0.1, 0.1),
+    ],
+)
 def test_the_learning_rate_matches_hand_computed_values(step, min_lr, expected):
     assert learning_rate(step, min_lr) == pytest.approx(expected)
 
@@ -166,9 +190,14 @@ def test_layer_decay_reaches_the_blocks_inside_a_pyramid():
 # ---------------------------------------------------------------------------- optimizers
 
 
-@pytest.mark.parametrize("flags, kind, beta2", [
-    ("--beta2 0.95", torch.optim.AdamW, 0.95), ("", torch.optim.AdamW, 0.999),
-    ("--optimizer sgd", torch.optim.SGD, None)])
+@pytest.mark.parametrize(
+    "flags, kind, beta2",
+    [
+        ("--beta2 0.95", torch.optim.AdamW, 0.95),
+        ("", torch.optim.AdamW, 0.999),
+        ("--optimizer sgd", torch.optim.SGD, None),
+    ],
+)
 def test_the_optimizer_is_the_one_of_the_flags(flags, kind, beta2):
     run = built(f"{CLASSIFY} {flags}")
     optimizer = optim.build_optimizer(run.model, run.args)

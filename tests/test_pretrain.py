@@ -4,7 +4,20 @@ import math
 
 import pytest
 import torch
-from small_runs import HIERARCHICAL, MIXMIM, PRETRAIN, STILL, TINY, VIT, built, epochs, log, on_each_loss, start, weights
+from small_runs import (
+    HIERARCHICAL,
+    MIXMIM,
+    PRETRAIN,
+    STILL,
+    TINY,
+    VIT,
+    built,
+    epochs,
+    log,
+    on_each_loss,
+    start,
+    weights,
+)
 from torch.utils.data import default_collate
 
 from tasks import load_run
@@ -12,7 +25,13 @@ from tasks import load_run
 MAE = f"--task pretrain --method mae {TINY}"
 PLAIN_MIXMIM = f"--task pretrain --method mixmim --model vit_demo {TINY}"
 ABLATIONS = [
-    "--fill mask", "--single", "--open-attention", "--mask-per-cycle", "--raw-pixels", "--shift --checkpointing"]
+    "--fill mask",
+    "--single",
+    "--open-attention",
+    "--mask-per-cycle",
+    "--raw-pixels",
+    "--shift --checkpointing",
+]
 
 
 def test_the_first_epoch_already_beats_the_patch_mean(tmp_path):
@@ -40,9 +59,18 @@ def test_every_form_of_mixmim_trains_and_draws_its_picture(tmp_path, flags):
     assert (tmp_path / "reconstruction.png").exists()
 
 
-@pytest.mark.parametrize("flags", [
-    MAE, PRETRAIN, f"{PRETRAIN} --checkpointing", f"{PRETRAIN} --no-pairing", PLAIN_MIXMIM,
-    MIXMIM, *(f"{MIXMIM} {more}" for more in ABLATIONS)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        MAE,
+        PRETRAIN,
+        f"{PRETRAIN} --checkpointing",
+        f"{PRETRAIN} --no-pairing",
+        PLAIN_MIXMIM,
+        MIXMIM,
+        *(f"{MIXMIM} {more}" for more in ABLATIONS),
+    ],
+)
 def test_every_trainable_tensor_gets_a_gradient(flags):
     run = built(flags)
     tokens = (32 // run.args.stride) ** 2

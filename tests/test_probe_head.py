@@ -82,7 +82,9 @@ def test_the_penalty_is_chosen_on_held_out_samples():
     features[:, 0] += labels
     weak = logistic_regression(features, labels, 2, [1e-6])
     fit = logistic_regression(features, labels, 2, [1e-6, 0.3])
-    assert accuracy(weak, features, labels) == 1 and fit.penalty == 0.3  # the best on the training set is the worse choice
+    assert (
+        accuracy(weak, features, labels) == 1 and fit.penalty == 0.3
+    )  # the best on the training set is the worse choice
     assert fit.penalty == logistic_regression(features, labels, 2, [0.3, 1e-6]).penalty
     again = logistic_regression(features, labels, 2, [0.3])
     torch.testing.assert_close(fit.weight, again.weight, atol=1e-4, rtol=0)  # refitted on all samples
@@ -116,11 +118,14 @@ def test_sixteen_thousand_samples_take_seconds():
     assert time.process_time() - start < 15  # about 2 on an idle core
 
 
-@pytest.mark.parametrize("words, change", [
-    ("penalties", dict(penalties=[])),
-    ("all labels are 2", dict(labels=torch.full((600,), 2))),
-    ("600 samples.*num_classes 700", dict(num_classes=700)),
-])
+@pytest.mark.parametrize(
+    "words, change",
+    [
+        ("penalties", dict(penalties=[])),
+        ("all labels are 2", dict(labels=torch.full((600,), 2))),
+        ("600 samples.*num_classes 700", dict(num_classes=700)),
+    ],
+)
 def test_bad_input_is_refused_in_one_sentence(words, change):
     features, labels = blobs()
     with pytest.raises(ValueError, match=words) as error:

@@ -12,9 +12,35 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, CONTRAST, DETECT, FLAT, FOLDER, MIXMIM, PRETRAIN, SEGMENT, TINY, VIT, assert_same_bits, assert_same_run, built,
-    checkpoint, command, environment, epochs, inventory, judged, killed, log, on_each_loss, percents, position, refused,
-    shell, start, weights)
+    CLASSIFY,
+    CONTRAST,
+    DETECT,
+    FLAT,
+    FOLDER,
+    MIXMIM,
+    PRETRAIN,
+    SEGMENT,
+    TINY,
+    VIT,
+    assert_same_bits,
+    assert_same_run,
+    built,
+    checkpoint,
+    command,
+    environment,
+    epochs,
+    inventory,
+    judged,
+    killed,
+    log,
+    on_each_loss,
+    percents,
+    position,
+    refused,
+    shell,
+    start,
+    weights,
+)
 from torchvision.transforms.functional import to_pil_image
 
 import train
@@ -154,7 +180,8 @@ KILLS = [(3, True), (8, True), (9, False), (9, True), (13, True), (17, True), (1
 @pytest.mark.parametrize("number, after", KILLS)
 @pytest.mark.parametrize("flags", [PRETRAIN, MIXED], ids=["pretrain", "mixed"])
 def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(
-        tmp_path, finished, monkeypatch, flags, number, after):
+    tmp_path, finished, monkeypatch, flags, number, after
+):
     killed(monkeypatch, number, f"{flags} --save-minutes 0", tmp_path, after)
     start("--resume", tmp_path)
     whole = finished(flags)
@@ -164,10 +191,17 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(
 
 
 # with --accum 3 an epoch has 3 steps, so save 4 is the end of epoch 1
-@pytest.mark.parametrize("flags, number, workers", [
-    (f"{MIXED} --accum 3", 2, 0), (f"{SAM} --accum 3", 3, 0), (f"{SAM} --base-optimizer sgd", 5, 2),
-    (f"{MIXMIM} --accum 3", 3, 2), (f"--task pretrain --method mae {TINY} --accum 3", 5, 2), (MIXED, 5, 2),
-])
+@pytest.mark.parametrize(
+    "flags, number, workers",
+    [
+        (f"{MIXED} --accum 3", 2, 0),
+        (f"{SAM} --accum 3", 3, 0),
+        (f"{SAM} --base-optimizer sgd", 5, 2),
+        (f"{MIXMIM} --accum 3", 3, 2),
+        (f"--task pretrain --method mae {TINY} --accum 3", 5, 2),
+        (MIXED, 5, 2),
+    ],
+)
 def test_accumulation_and_workers_resume_to_the_same_bits(tmp_path, finished, monkeypatch, flags, number, workers):
     killed(monkeypatch, number, f"{flags} --save-minutes 0 --workers {workers}", tmp_path)
     start(f"--resume --workers {2 - workers}", tmp_path)  # another number of workers is fine
@@ -301,9 +335,21 @@ def test_a_full_disk_leaves_the_previous_checkpoint_whole(tmp_path, finished, mo
     assert_same_run(tmp_path, finished(PRETRAIN))
 
 
-@pytest.mark.parametrize("flags", [
-    "--depth 4", "--lr 0.1", "--seed 3", "--epochs 5", "--img-size 64", "--method mae", "--task classify", "--accum 2",
-    "--data-size 128", "--mask-ratio 0.5"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--depth 4",
+        "--lr 0.1",
+        "--seed 3",
+        "--epochs 5",
+        "--img-size 64",
+        "--method mae",
+        "--task classify",
+        "--accum 2",
+        "--data-size 128",
+        "--mask-ratio 0.5",
+    ],
+)
 def test_resuming_with_another_flag_is_an_error_that_names_it(pretrained, capsys, flags):
     before = inventory(pretrained)
     assert flags.split()[0] in refused(f"--resume {flags}", capsys, pretrained)
@@ -421,9 +467,19 @@ def test_from_the_shell_a_broken_image_ends_the_run_at_once_with_one_line(tmp_pa
 # ---------------------------------------------------------------------------- runs used again
 
 
-@pytest.mark.parametrize("flags", [
-    PRETRAIN, MIXMIM, CLASSIFY, f"--task probe {VIT} --data-size 64", CONTRAST, SEGMENT, DETECT,
-], ids=["mirl", "mixmim", "classify", "probe", "contrast", "segment", "detect"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        PRETRAIN,
+        MIXMIM,
+        CLASSIFY,
+        f"--task probe {VIT} --data-size 64",
+        CONTRAST,
+        SEGMENT,
+        DETECT,
+    ],
+    ids=["mirl", "mixmim", "classify", "probe", "contrast", "segment", "detect"],
+)
 def test_a_finished_run_is_rebuilt_without_its_data_and_describes_images(finished, flags):
     if "detect" in flags:
         pytest.importorskip("pycocotools")

@@ -18,8 +18,18 @@ from torch import nn
 from data import EvalBatches, as_lists, make_loader
 from detect import ViTPyramid
 from mixmim import create_mixmim
-from segment import (Segmented, UperNet, confusion_matrix, mean_iou, pixel_loss, predict, segment_evaluate, slide, starts,
-                     whole)
+from segment import (
+    Segmented,
+    UperNet,
+    confusion_matrix,
+    mean_iou,
+    pixel_loss,
+    predict,
+    segment_evaluate,
+    slide,
+    starts,
+    whole,
+)
 from semantic import Segmentations, SemanticScenes, palette, save_segments
 from vit import ViT, create_vit
 
@@ -61,7 +71,10 @@ def test_mean_iou_equals_a_direct_count_of_each_class(classes, seed, ignored):
     result = mean_iou(confusion_matrix(found, truth, classes))
     there, ious = truth != 255, []
     for k in range(classes):
-        both, either = ((truth == k) & (found == k) & there).sum().item(), (((truth == k) | (found == k)) & there).sum().item()
+        both, either = (
+            ((truth == k) & (found == k) & there).sum().item(),
+            (((truth == k) | (found == k)) & there).sum().item(),
+        )
         if either:
             assert result["iou"][k].item() == both / either
             ious.append(both / either)
@@ -80,14 +93,21 @@ def test_mean_iou_matches_a_hand_computed_one_and_knows_absent_from_wrongly_pred
     confusion = confusion_matrix(found, truth, 5)
     assert confusion.dtype == torch.int64 and confusion.sum() == 5 and confusion[0].tolist() == [1, 1, 0, 1, 0]
     result = mean_iou(confusion)
-    assert result["iou"][:2].tolist() == [1 / 3, 2 / 3] and result["iou"][3] == 0  # 3 never occurs, but was called once
+    assert (
+        result["iou"][:2].tolist() == [1 / 3, 2 / 3] and result["iou"][3] == 0
+    )  # 3 never occurs, but was called once
     assert result["iou"][[2, 4]].isnan().all()  # 2 only under an ignored pixel
     assert result["miou"] == pytest.approx((1 / 3 + 2 / 3 + 0) / 3) and result["pixel_acc"] == 3 / 5
 
 
-@pytest.mark.parametrize("prediction, labels, words", [
-    (torch.zeros(2, 3), torch.full((2, 3), 7), "labels hold class 7"), (torch.full((2, 3), -1), torch.zeros(2, 3), "prediction hold class -1"),
-    (torch.zeros(2, 3), torch.zeros(3, 2), r"\(2, 3\) and labels \(3, 2\)")])
+@pytest.mark.parametrize(
+    "prediction, labels, words",
+    [
+        (torch.zeros(2, 3), torch.full((2, 3), 7), "labels hold class 7"),
+        (torch.full((2, 3), -1), torch.zeros(2, 3), "prediction hold class -1"),
+        (torch.zeros(2, 3), torch.zeros(3, 2), r"\(2, 3\) and labels \(3, 2\)"),
+    ],
+)
 def test_class_numbers_and_sizes_that_do_not_fit_are_named(prediction, labels, words):
     with pytest.raises(ValueError, match=words):
         confusion_matrix(prediction.long(), labels.long(), 5)
@@ -96,11 +116,18 @@ def test_class_numbers_and_sizes_that_do_not_fit_are_named(prediction, labels, w
 # ---------------------------------------------------------------------------- the model
 
 
-@pytest.mark.parametrize("encoder, channels, sizes", [
-    (vit, 3, [(64, 64), (64, 96)]), (lambda: vit(in_chans=1, img_size=(32, 64)), 1, [(32, 64)]), (lambda: vit(in_chans=5), 5, [(64, 64)]),
-    (hierarchical, 3, [(64, 64), (64, 96)]), (lambda: torchvision.models.resnet18(weights=None), 3, [(65, 90)]),
-    (lambda: ViTPyramid(vit(), global_blocks="all", rel_pos_bias=False, pyramid="simple"), 3, [(64, 64)])],
-    ids=["vit", "one channel", "five channels", "hierarchical", "resnet", "pyramid"])
+@pytest.mark.parametrize(
+    "encoder, channels, sizes",
+    [
+        (vit, 3, [(64, 64), (64, 96)]),
+        (lambda: vit(in_chans=1, img_size=(32, 64)), 1, [(32, 64)]),
+        (lambda: vit(in_chans=5), 5, [(64, 64)]),
+        (hierarchical, 3, [(64, 64), (64, 96)]),
+        (lambda: torchvision.models.resnet18(weights=None), 3, [(65, 90)]),
+        (lambda: ViTPyramid(vit(), global_blocks="all", rel_pos_bias=False, pyramid="simple"), 3, [(64, 64)]),
+    ],
+    ids=["vit", "one channel", "five channels", "hierarchical", "resnet", "pyramid"],
+)
 @pytest.mark.parametrize("norm", ["layer", "batch", "group"])
 def test_any_encoder_gives_logits_of_the_images_size_and_every_parameter_a_gradient(encoder, channels, sizes, norm):
     model = upernet(encoder(), norm=norm)
@@ -154,7 +181,9 @@ def test_the_pyramid_pools_one_number_per_channel_over_the_whole_map():
     model.ppm(x)
     torch.testing.assert_close(seen[0][..., 0, 0], x.mean((2, 3)))
     grads = torch.autograd.functional.jacobian(lambda m: model.ppm(m)[0, :, 0, 0].sum(), x)
-    assert (grads[0].abs().sum(0) > 0).all() and grads[1].abs().max() == 0  # a corner sees the whole map, and no other image
+    assert (grads[0].abs().sum(0) > 0).all() and grads[
+        1
+    ].abs().max() == 0  # a corner sees the whole map, and no other image
 
 
 def test_fine_and_coarse_maps_both_reach_every_pixel():
@@ -162,7 +191,9 @@ def test_fine_and_coarse_maps_both_reach_every_pixel():
     maps = [torch.randn(1, 32, side, side, requires_grad=True) for side in (32, 16, 8, 4)]
     model.decode(maps)[0, :, 9, 9].sum().backward()
     reach = [(m.grad[0].abs().sum(0) > 0).float().mean().item() for m in maps]
-    assert reach[0] < 0.1 and reach == sorted(reach) and reach[3] == 1  # the finest near by, the coarsest from everywhere
+    assert (
+        reach[0] < 0.1 and reach == sorted(reach) and reach[3] == 1
+    )  # the finest near by, the coarsest from everywhere
 
 
 def test_the_head_is_as_large_as_the_published_ones():
@@ -186,8 +217,15 @@ def test_head_and_helper_compute_what_hugging_faces_do_with_the_same_weights():
     """They in turn load mmsegmentation's."""
     theirs = pytest.importorskip("transformers.models.upernet.modeling_upernet")
     widths = [12, 16, 20, 24]
-    config = SimpleNamespace(pool_scales=[1, 2, 3, 6], hidden_size=32, num_labels=7, auxiliary_in_channels=None, auxiliary_channels=10,
-                             auxiliary_num_convs=1, auxiliary_concat_input=False)
+    config = SimpleNamespace(
+        pool_scales=[1, 2, 3, 6],
+        hidden_size=32,
+        num_labels=7,
+        auxiliary_in_channels=None,
+        auxiliary_channels=10,
+        auxiliary_num_convs=1,
+        auxiliary_concat_input=False,
+    )
     head, helper, encoder = theirs.UperNetHead(config, widths), theirs.UperNetFCNHead(config, widths), nn.Identity()
     encoder.channels, encoder.strides = widths, [4, 8, 16, 32]
     ours = UperNet(encoder, 7, channels=32, aux_channels=10)
@@ -195,9 +233,31 @@ def test_head_and_helper_compute_what_hugging_faces_do_with_the_same_weights():
     def layers(parts):
         return [m for part in parts for m in part.modules() if isinstance(m, (nn.Conv2d, nn.BatchNorm2d))]
 
-    for a, b in zip(layers([head.psp_modules, head.bottleneck, head.lateral_convs, head.fpn_convs, head.fpn_bottleneck, head.classifier, helper]),
-                    layers([ours.ppm.branches, ours.ppm.bottleneck, ours.lateral_convs, ours.fpn_convs, ours.fpn_bottleneck, ours.conv_seg,
-                            ours.auxiliary_head]), strict=True):
+    for a, b in zip(
+        layers(
+            [
+                head.psp_modules,
+                head.bottleneck,
+                head.lateral_convs,
+                head.fpn_convs,
+                head.fpn_bottleneck,
+                head.classifier,
+                helper,
+            ]
+        ),
+        layers(
+            [
+                ours.ppm.branches,
+                ours.ppm.bottleneck,
+                ours.lateral_convs,
+                ours.fpn_convs,
+                ours.fpn_bottleneck,
+                ours.conv_seg,
+                ours.auxiliary_head,
+            ]
+        ),
+        strict=True,
+    ):
         for p in a.parameters():
             nn.init.normal_(p, std=0.2)
         b.load_state_dict(a.state_dict())
@@ -236,16 +296,23 @@ def test_a_bias_that_the_encoder_brings_is_kept_and_none_is_added():
     assert upernet().pyramid.bias is None
     encoder = vit(rel_pos_bias="shared")
     nn.init.normal_(encoder.rel_pos_bias.relative_position_bias_table)
-    table = encoder.rel_pos_bias.relative_position_bias_table.detach()[:15 * 15].clone()
+    table = encoder.rel_pos_bias.relative_position_bias_table.detach()[: 15 * 15].clone()
     torch.testing.assert_close(upernet(encoder).pyramid.bias["global"].relative_position_bias_table.detach(), table)
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda: upernet(classes=1), "num_classes 1 "), (lambda: upernet(classes=256), "255 marks"), (lambda: upernet(norm="spectral"), "spectral"),
-    (lambda: upernet(nn.Linear(3, 3)), "encoder Linear"), (lambda: upernet()(torch.zeros(2, 3, 60, 64)), "img_size 60"),
-    (lambda: upernet()(torch.zeros(2, 3, 64, 64), torch.zeros(2, 32, 32)), r"labels \(2, 32, 32\)"),
-    (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 32, 48), "stride .48, 48.*32"),
-    (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 0), "window .0, 0")])
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: upernet(classes=1), "num_classes 1 "),
+        (lambda: upernet(classes=256), "255 marks"),
+        (lambda: upernet(norm="spectral"), "spectral"),
+        (lambda: upernet(nn.Linear(3, 3)), "encoder Linear"),
+        (lambda: upernet()(torch.zeros(2, 3, 60, 64)), "img_size 60"),
+        (lambda: upernet()(torch.zeros(2, 3, 64, 64), torch.zeros(2, 32, 32)), r"labels \(2, 32, 32\)"),
+        (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 32, 48), "stride .48, 48.*32"),
+        (lambda: slide(upernet(), torch.zeros(1, 3, 64, 64), 0), "window .0, 0"),
+    ],
+)
 def test_bad_input_gets_one_sentence(make, words):
     with pytest.raises(ValueError, match=words) as error:
         make()
@@ -295,8 +362,10 @@ class Count(nn.Module):
         return torch.stack([images[:, 0], torch.arange(images.shape[-1]).expand_as(images[:, 0]).float()], dim=1)
 
 
-@pytest.mark.parametrize("side, window, stride, expected", [(10, 4, 3, [0, 3, 6]), (10, 4, 4, [0, 4, 6]), (4, 4, 2, [0]), (5, 4, 4, [0, 1]),
-                                                          (9, 4, 1, [0, 1, 2, 3, 4, 5])])
+@pytest.mark.parametrize(
+    "side, window, stride, expected",
+    [(10, 4, 3, [0, 3, 6]), (10, 4, 4, [0, 4, 6]), (4, 4, 2, [0]), (5, 4, 4, [0, 1]), (9, 4, 1, [0, 1, 2, 3, 4, 5])],
+)
 def test_windows_cover_a_side_and_the_last_is_moved_back_inside(side, window, stride, expected):
     assert starts(side, window, stride) == expected
 
@@ -350,7 +419,9 @@ def test_predictions_are_made_at_the_size_of_the_labels():
 def shares(rank=0, world=1, batch_size=4, collate=as_lists, count=21):
     """21 scenes, every fourth pixel row ignored."""
     data = Segmentations(SemanticScenes(count, 32, train=False), 32, train=False)
-    for images, labels in make_loader(data, EvalBatches(count, batch_size, rank, world), 0, torch.device("cpu"), collate):
+    for images, labels in make_loader(
+        data, EvalBatches(count, batch_size, rank, world), 0, torch.device("cpu"), collate
+    ):
         for label in labels:
             label[::4] = 255
         yield images, labels
@@ -375,7 +446,10 @@ def test_the_figures_do_not_depend_on_the_batch_size_and_the_model_comes_back_as
 
 def test_images_of_different_sizes_are_measured_each_at_its_labels_size():
     model = upernet().eval()
-    images, labels = [torch.randn(3, 30, 44), torch.randn(3, 64, 40)], [torch.randint(0, 5, (60, 88)), torch.randint(0, 5, (64, 40))]
+    images, labels = (
+        [torch.randn(3, 30, 44), torch.randn(3, 64, 40)],
+        [torch.randint(0, 5, (60, 88)), torch.randint(0, 5, (64, 40))],
+    )
     result = segment_evaluate(model, [(images, labels)], 5)
     total = sum(confusion_matrix(predict(model, i[None], m.shape)[0], m, 5) for i, m in zip(images, labels))
     assert result["miou"] == mean_iou(total)["miou"] and total.sum() == 60 * 88 + 64 * 40
@@ -402,13 +476,21 @@ def two_process_job():
 
 
 def test_two_processes_measure_what_one_measures_and_train_together(tmp_path):
-    (tmp_path / "job.py").write_text(f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
-                                     "import test_segment\ntest_segment.two_process_job()\n")
+    (tmp_path / "job.py").write_text(
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"
+        "import test_segment\ntest_segment.two_process_job()\n"
+    )
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    done = subprocess.run([sys.executable, "job.py"], cwd=tmp_path, capture_output=True, text=True, timeout=200,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    done = subprocess.run(
+        [sys.executable, "job.py"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     alone = segment_evaluate(judged(), shares(), 11)
     (first, grad), (second, other) = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2))

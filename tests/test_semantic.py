@@ -13,9 +13,12 @@ from shapes import Shapes
 
 ROOT = Path(__file__).resolve().parents[1]
 
+
 def write(root, layout, names=("b", "a"), size=(30, 40), value=2, mode="L"):
     """Two images, one of them gray, and masks: value, with a corner of 0."""
-    train, masks = ("images/training", "annotations/training") if layout == "ade20k" else ("train2017", "semantic_train2017")
+    train, masks = (
+        ("images/training", "annotations/training") if layout == "ade20k" else ("train2017", "semantic_train2017")
+    )
     for folder in (train, masks, "annotations"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     for k, name in enumerate(names):
@@ -29,11 +32,18 @@ def write(root, layout, names=("b", "a"), size=(30, 40), value=2, mode="L"):
     return root, root / train, root / masks
 
 
-@pytest.mark.parametrize("layout, value, label, classes", [("ade20k", 2, 1, 150), ("ade20k", 150, 149, 150), ("coco", 7, 1, 2), ("coco", 2, 0, 2)])
+@pytest.mark.parametrize(
+    "layout, value, label, classes",
+    [("ade20k", 2, 1, 150), ("ade20k", 150, 149, 150), ("coco", 7, 1, 2), ("coco", 2, 0, 2)],
+)
 def test_mask_values_become_labels_from_0_and_zero_is_ignored(tmp_path, layout, value, label, classes):
     root, _, masks = write(tmp_path, layout, value=value)
     source = open_semantic(layout, str(root), True, 64)
-    assert len(source) == 2 and [source.name(i) for i in range(2)] == ["a.jpg", "b.jpg"] and len(source.classes) == classes
+    assert (
+        len(source) == 2
+        and [source.name(i) for i in range(2)] == ["a.jpg", "b.jpg"]
+        and len(source.classes) == classes
+    )
     for i in range(2):
         image, labels = source.sample(i)
         assert image.shape == (3, 30, 40) and image.dtype == labels.dtype == torch.uint8
@@ -76,10 +86,21 @@ def spoil(case, root, images, masks):
 
 
 @pytest.mark.parametrize("layout", ["ade20k", "coco"])
-@pytest.mark.parametrize("case, words", [
-    ("sizes", "a.png: the mask is 30x40, the image 30x41"), ("value", "a.png: value 200 "), ("ignored", "a.png: every pixel is 0"),
-    ("colors", "a.png .* mode RGB"), ("no image", "a .the first of 1. lacks an image"), ("no mask", "a .the first of 1. lacks a mask"),
-    ("broken image", "cannot read .*a.jpg"), ("broken mask", "cannot read .*a.png"), ("no masks", "holds no"), ("no folder", "has no folder")])
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("sizes", "a.png: the mask is 30x40, the image 30x41"),
+        ("value", "a.png: value 200 "),
+        ("ignored", "a.png: every pixel is 0"),
+        ("colors", "a.png .* mode RGB"),
+        ("no image", "a .the first of 1. lacks an image"),
+        ("no mask", "a .the first of 1. lacks a mask"),
+        ("broken image", "cannot read .*a.jpg"),
+        ("broken mask", "cannot read .*a.png"),
+        ("no masks", "holds no"),
+        ("no folder", "has no folder"),
+    ],
+)
 def test_a_bad_pair_is_named_in_one_sentence(tmp_path, layout, case, words):
     root, images, masks = write(tmp_path, layout)
     spoil(case, root, images, masks)
@@ -91,9 +112,17 @@ def test_a_bad_pair_is_named_in_one_sentence(tmp_path, layout, case, words):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text", ["no json", "{}", '{"categories": [{"id": 1, "name": "a"}]}', '{"categories": []}',
-                                  '{"categories": [{"id": 1, "name": "a", "train_id": 1}]}',
-                                  '{"categories": [{"id": 300, "name": "a", "train_id": 0}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "no json",
+        "{}",
+        '{"categories": [{"id": 1, "name": "a"}]}',
+        '{"categories": []}',
+        '{"categories": [{"id": 1, "name": "a", "train_id": 1}]}',
+        '{"categories": [{"id": 300, "name": "a", "train_id": 0}]}',
+    ],
+)
 def test_a_bad_table_of_categories_is_named(tmp_path, text):
     root, *_ = write(tmp_path, "coco")
     (root / "annotations" / "semantic_categories.json").write_text(text)
@@ -115,7 +144,11 @@ def test_the_generated_scenes_have_their_background_as_class_0():
     assert len(source) == 4 and source.classes == ["background", *Shapes.classes]
     image, labels = source.sample(1)
     scene = Shapes(4, (32, 48), train=False).scene(1)
-    assert torch.equal(image, scene["image"]) and torch.equal(labels.long(), scene["semantic"]) and labels.shape == (32, 48)
+    assert (
+        torch.equal(image, scene["image"])
+        and torch.equal(labels.long(), scene["semantic"])
+        and labels.shape == (32, 48)
+    )
 
 
 COCO = ROOT.parent / "shared" / "data" / "coco256"
@@ -162,7 +195,9 @@ def test_image_and_labels_stay_together_through_resizing_cropping_and_flipping()
             read = (image[0] * 0.5 + 0.5) * 255 / 20
             inside = labels != 255
             largest, smallest = (sign * F.max_pool2d(sign * labels[None].float(), 7, 1)[0] for sign in (1, -1))
-            clear = torch.zeros_like(inside)  # 3 pixels from edges, whose blur is seen, and from the border, behind which they may be
+            clear = torch.zeros_like(
+                inside
+            )  # 3 pixels from edges, whose blur is seen, and from the border, behind which they may be
             clear[3:-3, 3:-3] = (largest == smallest) & (largest < 255)
             assert ((read - labels).abs() < 0.05)[clear].all()
             compared += clear.sum().item()
@@ -198,10 +233,16 @@ def test_draws_depend_on_seed_epoch_and_index_alone():
 def test_evaluation_leaves_labels_and_images_of_the_right_size_alone():
     data = Segmentations(Coded(), 40, train=False)
     image, labels = data[0, 0]
-    assert torch.equal((image * 255).round(), Coded().sample(0)[0].float()) and torch.equal(labels, Coded().labels.long())
+    assert torch.equal((image * 255).round(), Coded().sample(0)[0].float()) and torch.equal(
+        labels, Coded().labels.long()
+    )
     image, labels = Segmentations(Coded(), 20, train=False)[5, 0]
     assert image.shape == (3, 20, 30) and torch.equal(labels, Coded().labels.long())
-    assert Segmentations(Coded(20, 200), 20, train=False)[0, 0][0].shape == (3, 8, 80)  # the longer side at most four times
+    assert Segmentations(Coded(20, 200), 20, train=False)[0, 0][0].shape == (
+        3,
+        8,
+        80,
+    )  # the longer side at most four times
     images, maps = as_lists([data[0, 0], Segmentations(Coded(20, 30), 20, train=False)[0, 1]])
     assert [tuple(i.shape) for i in images] == [(3, 40, 60), (3, 20, 30)] and len(maps) == 2
 

@@ -70,7 +70,7 @@ def test_patch_tokens_are_the_hand_made_linear_map_of_each_patch_on_rectangles(p
     tokens, p = model.embed(imgs), patch_size
     assert tokens.shape == (3, 1 + 32 * 48 // p**2, 48)
     row, column = 1, 2
-    patch = imgs[:, :, row * p:(row + 1) * p, column * p:(column + 1) * p].flatten(1)
+    patch = imgs[:, :, row * p : (row + 1) * p, column * p : (column + 1) * p].flatten(1)
     proj = model.patch_embed.proj
     expected = patch.double() @ proj.weight.flatten(1).T.double() + proj.bias
     close(tokens[:, 1 + row * (48 // p) + column], expected.float(), 5e-5)  # sums of up to 1,280 products
@@ -131,8 +131,9 @@ def test_chosen_layers_are_the_ones_timm_returns(layers):
     reference, model = timm_vit(), tiny()
     model.load_state_dict(reference.state_dict(), strict=True)
     indices = [i % 3 for i in layers]
-    theirs = reference.forward_intermediates(images(), indices=indices, output_fmt="NLC", return_prefix_tokens=True,
-                                             intermediates_only=True)
+    theirs = reference.forward_intermediates(
+        images(), indices=indices, output_fmt="NLC", return_prefix_tokens=True, intermediates_only=True
+    )
     theirs = dict(zip(sorted(indices), [torch.cat([prefix, tokens], 1) for tokens, prefix in theirs]))
     ours = model.forward_features(images(), layers=layers)
     assert len(ours) == len(layers)
@@ -143,8 +144,14 @@ def test_chosen_layers_are_the_ones_timm_returns(layers):
 def timm_beit(pool, **options):
     timm_module = pytest.importorskip("timm.models.beit")
     torch.manual_seed(3)
-    model = timm_module.Beit(**TINY, use_abs_pos_emb=False, init_values=0.1, qkv_bias=True,
-                             global_pool="avg" if pool == "mean" else "token", **options)
+    model = timm_module.Beit(
+        **TINY,
+        use_abs_pos_emb=False,
+        init_values=0.1,
+        qkv_bias=True,
+        global_pool="avg" if pool == "mean" else "token",
+        **options,
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
@@ -154,12 +161,16 @@ def timm_beit(pool, **options):
 @pytest.mark.parametrize("pool", ["cls", "mean"])
 @pytest.mark.parametrize("kind", ["block", "shared"])
 def test_beit_with_relative_position_bias_gives_timm_logits(pool, kind):
-    reference = timm_beit(pool, **{"block": dict(use_rel_pos_bias=True), "shared": dict(use_shared_rel_pos_bias=True)}[kind])
+    reference = timm_beit(
+        pool, **{"block": dict(use_rel_pos_bias=True), "shared": dict(use_shared_rel_pos_bias=True)}[kind]
+    )
     model = tiny(pool=pool, pos_embed=None, rel_pos_bias=kind, layer_scale=0.1)
     state = {}
     for key, value in reference.state_dict().items():
         if key.endswith("q_bias"):  # BEiT learns no bias for k
-            value = torch.cat([value, torch.zeros_like(value), reference.state_dict()[key.replace("q_bias", "v_bias")]])
+            value = torch.cat(
+                [value, torch.zeros_like(value), reference.state_dict()[key.replace("q_bias", "v_bias")]]
+            )
             state[key.replace("q_bias", "qkv.bias")] = value
         elif not key.endswith(("v_bias", "k_bias", "relative_position_index")):
             state[key] = value
@@ -224,11 +235,7 @@ def model_offset(model, down, right):
 
 def test_the_relative_position_index_of_a_2x2_grid_is_the_hand_made_one():
     # offsets (dy, dx) = query - key, row-major over dy, dx in -1 .. 1: (0, 0) is row 4; then the class token's rows
-    expected = [[11, 9, 9, 9, 9],
-                [10, 4, 3, 1, 0],
-                [10, 5, 4, 2, 1],
-                [10, 7, 6, 4, 3],
-                [10, 8, 7, 5, 4]]
+    expected = [[11, 9, 9, 9, 9], [10, 4, 3, 1, 0], [10, 5, 4, 2, 1], [10, 7, 6, 4, 3], [10, 8, 7, 5, 4]]
     assert relative_position_index(2, 2).tolist() == expected
 
 
@@ -249,6 +256,7 @@ def test_the_relative_position_index_of_a_rectangle_is_one_row_per_offset():
 
 def mae_table(dim, gh, gw):
     """The formula published with MAE, in numpy: meshgrid with w first, the first half from grid[0]."""
+
     def one_axis(width, position):
         omega = 1.0 / 10000 ** (np.arange(width // 2, dtype=np.float64) / (width / 2.0))
         out = np.einsum("m,d->md", position.reshape(-1), omega)
@@ -267,7 +275,9 @@ def test_the_sincos_table_is_the_formula_of_mae(grid, dim):
 
 
 def test_the_sincos_table_of_a_2x3_grid_is_the_hand_computed_one():
-    table = sincos_pos_embed(8, 2, 3)  # frequencies 1 and 1 / 100; column sines, column cosines, row sines, row cosines
+    table = sincos_pos_embed(
+        8, 2, 3
+    )  # frequencies 1 and 1 / 100; column sines, column cosines, row sines, row cosines
     assert table.shape == (7, 8)
     assert table[0].tolist() == [0] * 8
     assert table[1].tolist() == [0, 0, 1, 1, 0, 0, 1, 1]
@@ -319,7 +329,7 @@ def test_features_are_deterministic_and_the_head_reads_them(options):
     model = tiny(**options)
     tokens = model.forward_features(images())
     assert torch.equal(tokens, model.forward_features(images()))
-    pooled = tokens[:, 0] if model.pool == "cls" else tokens[:, int(model.cls_token is not None):].mean(1)
+    pooled = tokens[:, 0] if model.pool == "cls" else tokens[:, int(model.cls_token is not None) :].mean(1)
     close(model(images()), model.head(model.fc_norm(pooled)))
     assert model(images()).shape == (3, options.get("num_classes", 10) or 48)
 
@@ -335,7 +345,10 @@ def test_layers_are_raw_block_outputs_and_negative_ones_count_from_the_end():
     first, last = model.forward_features(images(), layers=[0, -1])
     close(first, model.blocks[0](model.embed(images())), 1e-6)
     close(model.norm(last), model.forward_features(images()), 1e-6)
-    assert [f.equal(g) for f, g in zip(model.forward_features(images(), layers=[-3, -1]), (first, last))] == [True, True]
+    assert [f.equal(g) for f, g in zip(model.forward_features(images(), layers=[-3, -1]), (first, last))] == [
+        True,
+        True,
+    ]
     assert model.forward_features(images(), layers=[]) == []
 
 
@@ -375,7 +388,9 @@ def test_reset_classifier_gives_a_fresh_head_and_exactly_one_last_norm():
 def test_every_trainable_parameter_gets_a_gradient(options):
     model = tiny(**options).train()
     model(images()).square().sum().backward()
-    missing = [name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    missing = [
+        name for name, p in model.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())
+    ]
     assert missing == []
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
@@ -423,18 +438,21 @@ def test_layer_scale_starts_where_told_and_zero_switches_the_blocks_off():
 # ---------------------------------------------------------------------------- errors
 
 
-@pytest.mark.parametrize("wrong, words", [
-    (dict(img_size=30, patch_size=4), r"img_size 30 .*not a multiple of patch_size 4; try 28 or 32"),
-    (dict(img_size=(32, 30), patch_size=4), r"img_size 30 .*patch_size 4; try 28 or 32"),
-    (dict(img_size=(30, 32), patch_size=4), r"img_size 30 .*patch_size 4; try 28 or 32"),
-    (dict(img_size=4, patch_size=8), r"4 .*patch_size 8; try 8"),
-    (dict(embed_dim=50, num_heads=4), r"embed_dim 50 .*num_heads 4"),
-    (dict(pos_embed="sine"), r"pos_embed 'sine' .*learned"),
-    (dict(rel_pos_bias=True), r"rel_pos_bias True .*shared"),
-    (dict(pool="max"), r"pool 'max' .*cls"),
-    (dict(class_token=False), r"class token"),
-    (dict(pos_embed="sincos", embed_dim=50, num_heads=5), r"multiple of 4.*50"),
-])
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(img_size=30, patch_size=4), r"img_size 30 .*not a multiple of patch_size 4; try 28 or 32"),
+        (dict(img_size=(32, 30), patch_size=4), r"img_size 30 .*patch_size 4; try 28 or 32"),
+        (dict(img_size=(30, 32), patch_size=4), r"img_size 30 .*patch_size 4; try 28 or 32"),
+        (dict(img_size=4, patch_size=8), r"4 .*patch_size 8; try 8"),
+        (dict(embed_dim=50, num_heads=4), r"embed_dim 50 .*num_heads 4"),
+        (dict(pos_embed="sine"), r"pos_embed 'sine' .*learned"),
+        (dict(rel_pos_bias=True), r"rel_pos_bias True .*shared"),
+        (dict(pool="max"), r"pool 'max' .*cls"),
+        (dict(class_token=False), r"class token"),
+        (dict(pos_embed="sincos", embed_dim=50, num_heads=5), r"multiple of 4.*50"),
+    ],
+)
 def test_wrong_settings_are_refused_with_a_way_out(wrong, words):
     with pytest.raises(ValueError, match=words):
         ViT(**{**TINY, **wrong})
@@ -445,10 +463,13 @@ def test_an_unknown_preset_lists_the_known_ones():
         create_vit("vit_b15")
 
 
-@pytest.mark.parametrize("imgs, words", [
-    (torch.zeros(2, 3, 30, 32), r"30.*patch_size 8; try 24 or 32"),
-    (torch.zeros(2, 3, 32, 4), r"img_size 4 .*patch_size 8; try 8"),
-])
+@pytest.mark.parametrize(
+    "imgs, words",
+    [
+        (torch.zeros(2, 3, 30, 32), r"30.*patch_size 8; try 24 or 32"),
+        (torch.zeros(2, 3, 32, 4), r"img_size 4 .*patch_size 8; try 8"),
+    ],
+)
 def test_wrong_images_are_refused(imgs, words):
     with pytest.raises(ValueError, match=words):
         tiny()(imgs)
@@ -476,7 +497,9 @@ def test_an_exported_classifier_can_take_any_batch_size():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [dict(), dict(rel_pos_bias="block", pool="mean", drop_path=0.1)], ids=["plain", "beit"])
+@pytest.mark.parametrize(
+    "options", [dict(), dict(rel_pos_bias="block", pool="mean", drop_path=0.1)], ids=["plain", "beit"]
+)
 def test_a_compiled_model_agrees(options):
     model = tiny(**options)
     compiled = torch.compile(model, fullgraph=True)
@@ -500,7 +523,11 @@ def test_the_bf16_kernel_and_its_fp32_detour_agree():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, 4, 20, 16).bfloat16()
     bias = torch.randn(4, 20, 20)
-    close(vit.attention(q, k, v, bias).float(), F.scaled_dot_product_attention(q, k, v, attn_mask=bias.bfloat16()).float(), 0.05)
+    close(
+        vit.attention(q, k, v, bias).float(),
+        F.scaled_dot_product_attention(q, k, v, attn_mask=bias.bfloat16()).float(),
+        0.05,
+    )
     assert vit.attention(q, k, v).dtype == torch.bfloat16
     long = torch.randn(3, 1, 1, 600, 8).bfloat16()
     close(vit.attention(*long).float(), F.scaled_dot_product_attention(*long.float()), 0.02)
@@ -509,7 +536,9 @@ def test_the_bf16_kernel_and_its_fp32_detour_agree():
 @pytest.mark.parametrize("rel_pos_bias", [None, "shared", "block"])
 def test_a_bias_given_to_the_blocks_joins_the_models_own(rel_pos_bias):
     torch.manual_seed(0)
-    model = ViT(img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, rel_pos_bias=rel_pos_bias).eval()
+    model = ViT(
+        img_size=8, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=0, rel_pos_bias=rel_pos_bias
+    ).eval()
     for name, p in model.named_parameters():
         if name.endswith("bias_table"):
             torch.nn.init.normal_(p)
@@ -527,7 +556,9 @@ def test_dropping_the_class_token_leaves_the_patches_positions_and_pools_their_m
     before = model.pos_embed.detach().clone()
     model.drop_class_token()
     assert torch.equal(model.pos_embed, before[:, 1:]) and model.pos_embed.requires_grad and model.pool == "mean"
-    assert model.forward_features(torch.randn(2, 3, 8, 8)).shape == (2, 4, 16) and model(torch.randn(2, 3, 8, 8)).shape == (2, 3)
+    assert model.forward_features(torch.randn(2, 3, 8, 8)).shape == (2, 4, 16) and model(
+        torch.randn(2, 3, 8, 8)
+    ).shape == (2, 3)
     model.drop_class_token()  # nothing left to drop
     with pytest.raises(ValueError, match="rel_pos_bias=None"):
         ViT(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, rel_pos_bias="block").drop_class_token()

@@ -156,7 +156,7 @@ def build_optimizer(model, args):
 
 
 def check_state(optimizer, state):
-    """ValueError where a saved state does not fit: torch loads any shape, and fused kernels then write out of bounds."""
+    """ValueError where a saved state does not fit: torch loads any shape, and fused kernels write out of bounds."""
     for now, saved in zip(optimizer.state_dict()["param_groups"], state["param_groups"], strict=True):
         if {**now, "lr": 0} != {**saved, "lr": 0}:
             raise ValueError("other settings of the optimizer")

@@ -131,7 +131,7 @@ class Run:
                 raise ValueError(f"epoch {at.epoch}, step {at.step} is no position of this run")
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ValueError(f"{path} does not fit this run ({reason}); resume with the run's own model and flags") from None
+            raise ValueError(f"{path} does not fit this run ({reason}); resume with its own model and flags") from None
         return at
 
     def open(self, data):
@@ -278,4 +278,4 @@ def lock(file, folder):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process is training in {folder}; wait for it or choose another --output-dir") from None
+        raise ValueError(f"another process trains in {folder}; wait for it or choose another --output-dir") from None
