@@ -39,11 +39,16 @@ BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # wha
 # ---------------------------------------------------------------------------- randomness and order
 
 
+def key_of(seed, epoch, index):
+    """One number from three."""
+    return ((seed * 1_000_003 + epoch) * 1_000_000_007 + index) % 2**63
+
+
 @contextmanager
 def seeded(seed, epoch, index):
     """Inside, torch's CPU generator is a function of the three numbers; outside, it has not moved."""
     state = torch.get_rng_state()
-    torch.default_generator.manual_seed(((seed * 1_000_003 + epoch) * 1_000_000_007 + index) % 2**63)
+    torch.default_generator.manual_seed(key_of(seed, epoch, index))
     try:
         yield
     finally:
@@ -125,9 +130,9 @@ def as_lists(samples):
 
 
 def leave_signals(worker):
-    """Ctrl-C reaches every process of a terminal, but only the main one should act on it."""
+    """Ctrl-C and a job's SIGTERM reach every process, but only the main one should act; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ---------------------------------------------------------------------------- augmentations
@@ -147,7 +152,9 @@ def augmentation(name, img_size, mean, std):
     finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
     flip = v2.RandomHorizontalFlip()
     if name == "none":
-        return v2.Compose([FitSize(img_size), *finish])
+        plain = v2.Compose([FitSize(img_size), *finish])
+        plain.draws_nothing = True  # so that a batch may go through at once
+        return plain
     if name == "padcrop":
         padding = [max(1, width // 8), max(1, height // 8)]
         return v2.Compose(
@@ -200,13 +207,8 @@ class Images(Dataset):
     """
 
     def __init__(self, source, transform, seed=0, indices=None, noise_size=0, views=1):
-        self.source, self.transform, self.seed, self.noise_size, self.views = (
-            source,
-            transform,
-            seed,
-            noise_size,
-            views,
-        )
+        self.source, self.transform, self.seed = source, transform, seed
+        self.noise_size, self.views = noise_size, views
         self.indices = range(len(source)) if indices is None else indices
 
     def __len__(self):
@@ -215,11 +217,24 @@ class Images(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         with seeded(self.seed, epoch, index):
-            noise = torch.rand(self.noise_size)  # first, so that the mask does not hang on the augmentation
+            noise = torch.rand(self.noise_size)  # drawn first, so the mask does not depend on the augmentation
             image, label = self.source[self.indices[index]]
             if self.views > 1:
                 return torch.stack([self.transform(image) for _ in range(self.views)]), label, noise
             return self.transform(image), label, noise
+
+    def __getitems__(self, keys):
+        """The samples of a batch; of a set in memory without augmentation all at once, with the same draws."""
+        pixels = getattr(self.source, "images", None)
+        if pixels is None or self.views > 1 or not getattr(self.transform, "draws_nothing", False):
+            return [self[key] for key in keys]
+        rows = [self.indices[index] for _, index in keys]
+        generator, noise = torch.Generator(), []
+        for epoch, index in keys:
+            generator.manual_seed(key_of(self.seed, epoch, index))
+            noise.append(torch.rand(self.noise_size, generator=generator))
+        labels = [int(self.source.labels[row]) for row in rows]
+        return list(zip(self.transform(pixels[rows]), labels, noise))
 
 
 class Cifar(Dataset):

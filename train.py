@@ -36,7 +36,7 @@ from training import optim, sources
 from training.costs import check_installation, dry_run
 from training.flags import Parser, between, count, path, positive, refuse
 from training.optim import lr_at, plan_steps
-from training.runs import Run, check_folder, same_flags, saved_flags
+from training.runs import Run, check_folder, same_flags, saved_flags, summary
 from training.world import Stop, World
 
 TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
@@ -44,9 +44,13 @@ TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast":
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 5  # steps in a row whose loss is not finite, before the run stops
 
-# python train.py: 16 tokens per image and 64 channels, so that 12 blocks learn something within a minute
-DEFAULT_RUN = "--mask-ratio 0.5 --epochs 10 --batch-size 32 --blr 1.2e-2 --then-probe"
-DEFAULT_SIZES = "--patch-size 8 --embed-dim 64 --num-heads 2"
+DEFAULT_RUN = {  # python train.py; a flag that is given replaces the line it stands before
+    "": "--then-probe --raw-pixels --mask-ratio 0.5 --epochs 2 --batch-size 32 --augment none --eval-every 2",
+    "--model": "--model vit_demo --patch-size 8 --embed-dim 64 --num-heads 4",
+    "--data": "--data-size 16384",
+    "--method": "--segments 2",
+    "--lr": "--blr 2.4e-2",
+}
 
 
 # ---------------------------------------------------------------------------- the loop
@@ -70,7 +74,7 @@ def fit(args, task, world, run, stop):
     autocast = world.autocast(args.precision)
 
     # steps, batches, optimizer
-    plan = plan_steps(args, len(data.train), world.size)
+    plan = plan_steps(args, 0 if data.fitted else len(data.train), world.size)
     batches, loader, val_loader = make_loaders(args, data, plan, world)
     optimizer = optim.build_optimizer(learner, args)
     sam = args.optimizer == "sam"
@@ -179,7 +183,7 @@ def fit(args, task, world, run, stop):
         at.loss_sum, at.loss_count = 0.0, 0
         if at.bad_in_a_row == 0:
             run.save(at, epoch + 1)
-    run.close(at)
+    run.finish(at)
     return at.line
 
 
@@ -283,8 +287,8 @@ def parse(argv):
     task, saved, argv = find_task(argv)
     if task is None:  # the default run
         task = "pretrain"
-        sizes = "" if "--model" in argv else DEFAULT_SIZES  # another model brings its own
-        argv = shlex.split(f"{DEFAULT_RUN} {sizes}") + argv
+        default = [flags for name, flags in DEFAULT_RUN.items() if name not in argv]
+        argv = shlex.split(" ".join(default)) + argv
 
     # the flags of the run that goes on, then those given now
     parser = parser_for(task)
@@ -307,7 +311,7 @@ def parse(argv):
 def probe_both(args, line, world, stop, folder):
     """After pre-training: what are the features worth, against those of the same encoder before it?"""
     shared = {name: getattr(args, name) for name in probe.SAME_AS_PRETRAINING}
-    accuracy = {}
+    lines = []
     for name in ("probe", "probe_random"):
         argv = ["--task", "probe", *parser_for("probe").as_argv(shared)]
         if name == "probe":
@@ -315,16 +319,9 @@ def probe_both(args, line, world, stop, folder):
         if args.resume:
             argv += ["--resume", "--output-dir", str(folder / name)]
         probe_args = parse(argv)
-        run = Run(probe_args, world, folder / name, hint=folder)
-        accuracy[name] = fit(probe_args, probe, world, run, stop)["val_acc"]
-
-    loss = line.get("val_loss", line["train_loss"])
-    baseline = line.get("baseline", math.nan)
-    world.say("summary")
-    world.say(f"  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {baseline:.3f})")
-    world.say(f"  linear probe            {accuracy['probe']:.1f} %  after pre-training by {args.method}")
-    world.say(f"                          {accuracy['probe_random']:.1f} %  same encoder at initialization")
-    world.say(f"  picture                 {folder / 'reconstruction.png'}")
+        with Run(probe_args, world, folder / name, hint=folder) as run:
+            lines.append(fit(probe_args, probe, world, run, stop))
+    world.say(summary(args, line, *lines, folder))
 
 
 def start(args):
@@ -332,8 +329,7 @@ def start(args):
     world = World(args.device)
     try:
         check_folder(args, world)
-        run = Run(args, world, args.output_dir)
-        with Stop() as stop:
+        with Stop() as stop, Run(args, world, args.output_dir) as run:
             line = fit(args, TASKS[args.task], world, run, stop)
             if getattr(args, "then_probe", False):
                 probe_both(args, line, world, stop, run.folder)

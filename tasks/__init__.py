@@ -49,6 +49,7 @@ class Data:
     val_collate: Callable | None = None
     smallest: int = 1  # images in the smallest evaluation batch; 2 where images are mixed or compared
     learner: Callable | None = None  # model -> the part of it that learns; None: all
+    fitted: bool = False  # build has trained the model already: no steps
     final: bool = False  # the loop sets it before the last evaluation
     weights: dict | None = None  # of a run that goes on, so that build need not read --init
 

@@ -118,6 +118,7 @@ def evaluate(model, loader, args, data, world):
         count += len(images)
     loss, correct, count = world.sum([loss, correct, count])
     line = {"val_loss": loss / count, "val_acc": 100 * correct / count}
+    line |= {"val_images": int(count), "classes": len(data.classes)}
     if data.final and (getattr(args, "eval_corruptions", False) or getattr(args, "eval_pgd", False)):
         line |= evaluate_robustness(model, loader, args, data, world)
     return line

@@ -92,7 +92,7 @@ def complete_dense(args, global_blocks, img_size, patch_size):
 def open_scenes(args, train):
     if args.data == "shapes":
         size = args.data_size if train else max(1, args.data_size // 4)
-        return ShapeScenes(size, args.img_size[0], 0, train, args.class_agnostic, args.scenes)
+        return ShapeScenes(size, args.img_size[0], args.data_seed, train, args.class_agnostic, args.scenes)
     if args.data_path is None:
         raise ValueError("--data coco needs --data-path")
     return CocoImages(args.data_path, "train2017" if train else "val2017", args.class_agnostic)

@@ -1,8 +1,10 @@
 """Probe: what are frozen features worth? A linear classifier on them, trained on labels.
 
 The features of the whole set are computed once, without augmentation, and normalized by their mean and
-standard deviation over the training set, so that one learning rate fits features of any scale (as MAE's
-BatchNorm without parameters). What learns is the linear layer.
+standard deviation over the training set. Then the linear layer is fitted:
+
+    --style lbfgs   logistic regression at its optimum, the penalty chosen on a held-out quarter of the training set
+    --style adamw   step by step in the loop of train.py, as the linear probes of papers are
 
 The checkpoint holds encoder, normalization and head: a complete classifier.
 """
@@ -18,15 +20,22 @@ from data import EvalBatches, Images, augmentation, make_loader
 from tasks import Data, classify
 from tasks.classify import draw, evaluate, predict  # noqa: F401  the same as there
 from training import encoders, sources
+from training.flags import positive
+from training.logistic import logistic_regression
 
-DEFAULTS = dict(epochs=50, batch_size=256, blr=0.2, weight_decay=0.0, beta2=0.999)
+DEFAULTS = dict(style="lbfgs", batch_size=256, weight_decay=0.0)
+ITERATIVE = dict(epochs=50, blr=0.2, beta2=0.999)  # --style adamw
+PENALTIES = [1e-5, 1e-4, 1e-3, 1e-2]  # --style lbfgs
+NEUTRAL = dict(epochs=(None, 1), accum=(1,), optimizer=("adamw",), blr=(None,), lr=(None,), warmup_epochs=(None,),
+               clip_grad=(None,), ema=(None,), beta2=(None,))  # what L-BFGS has no use for
 SAME_AS_PRETRAINING = (  # the flags that the default run hands on
-    "data", "data_path", "data_size", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers", "device",
+    "data", "data_path", "data_size", "data_seed", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers", "device",
     "precision", "model", "img_size", *encoders.SIZES)
 
 
 def add_flags(flag):
-    flag("--style", choices=("adamw",), default="adamw", help="how the head is trained")
+    flag("--style", choices=("lbfgs", "adamw"), help="how the head is fitted")
+    flag("--penalties", type=positive, nargs="+", help="lbfgs: to choose from (default: 1e-5 1e-4 1e-3 1e-2)")
     flag("--pool", choices=("mean", "cls"), help="ViT: which features (default: mean)")
     encoders.encoder_flags(flag)
     sources.image_flags(flag)
@@ -37,6 +46,19 @@ def complete(args):
     if encoders.is_vit(args):
         args.pool = args.pool or "mean"
     encoders.complete(args)
+    if args.style == "lbfgs":
+        for name, values in NEUTRAL.items():
+            if getattr(args, name) not in values:
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} acts with --style adamw only; add it or "
+                                 "drop the flag")
+        args.epochs = 1
+        args.penalties = args.penalties or PENALTIES
+        return
+    if args.penalties is not None:
+        raise ValueError("--penalties acts with --style lbfgs only; drop it")
+    for name, value in ITERATIVE.items():
+        if getattr(args, name) is None and not (name == "blr" and args.lr is not None):
+            setattr(args, name, value)
 
 
 def open_data(args, world):
@@ -55,10 +77,12 @@ def build(args, data, world):
     nn.init.trunc_normal_(head.weight, std=0.01)
     nn.init.zeros_(head.bias)
     encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.num_features, affine=False, eps=1e-6), head)
-    if data.weights is not None:
+    if data.weights:
         encoder.load_state_dict(data.weights)
-    if data.train is None:  # load_run: nothing is trained
+    if data.train is None:  # nothing is trained
         return encoder
+    if len(data.train) < 2:
+        raise ValueError("one training image has no standard deviation to normalize by; use more --train-images")
 
     # features once: each rank its share, all get all
     args.batch_size = min(args.batch_size, max(1, len(data.train) // world.size))
@@ -72,7 +96,20 @@ def build(args, data, world):
         norm.running_var.copy_(data.train.features.var(dim=0))
     for part in (data.train, data.val):
         part.features = norm.eval()(part.features)
+    if args.style == "lbfgs":
+        data.fitted = True
+        if data.weights is None:
+            fit_head(head, data, args, world)
     return encoder
+
+
+def fit_head(head, data, args, world):
+    """Logistic regression on the normalized features; what is left of their mean and scale goes into the weights."""
+    fit = logistic_regression(data.train.features, data.train.labels, len(data.classes), args.penalties, seed=args.seed)
+    weight = fit.weight / fit.std
+    head.weight.data.copy_(weight)
+    head.bias.data.copy_(fit.bias - weight @ fit.mean)
+    world.say(f"  logistic regression: penalty {fit.penalty:g} of {', '.join(f'{p:g}' for p in args.penalties)}")
 
 
 class Features(Dataset):

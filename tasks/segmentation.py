@@ -50,10 +50,10 @@ def complete(args):
 
 def open_data(args, world):
     size = tuple(args.img_size)
-    source = open_semantic(args.data, args.data_path, True, size, args.data_size, scenes=args.scenes)
+    source = open_semantic(args.data, args.data_path, True, size, args.data_size, args.data_seed, args.scenes)
     held_out = None
     if not args.eval_train:
-        held_out = open_semantic(args.data, args.data_path, False, size, args.data_size, scenes=args.scenes)
+        held_out = open_semantic(args.data, args.data_path, False, size, args.data_size, args.data_seed, args.scenes)
     found = split_scenes(args, source, held_out)
     jitter = None if args.jitter in (None, [0, 0]) else args.jitter
     train = Segmentations(found.train, size, jitter is not None, seed=args.seed, indices=found.indices,

@@ -420,3 +420,12 @@ def test_the_stats_flag_measures_instead(tmp_path, monkeypatch):
     source = Shapes(16)
     assert used[0] == used[1] == (source.mean, source.std)
     assert used[2] == used[3] == channel_statistics(source)
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 32)])
+def test_a_batch_served_at_once_has_the_samples_one_by_one(size):
+    source = Shapes(12)
+    images = Images(source, augmentation("none", size, source.mean, source.std), seed=5, noise_size=7)
+    keys = [(3, 4), (3, 0), (4, 4)]
+    for batch, single in zip(images.__getitems__(keys), map(images.__getitem__, keys), strict=True):
+        assert torch.equal(batch[0], single[0]) and batch[1] == single[1] and torch.equal(batch[2], single[2])

@@ -300,7 +300,7 @@ def test_a_window_larger_than_the_map_keeps_beits_bias():
 def test_a_vit_serves_one_pyramid():
     encoder = vit()
     detector(encoder)
-    with pytest.raises(ValueError, match="already in a pyramid"):
+    with pytest.raises(ValueError, match="part of a pyramid"):
         detector(encoder)
 
 

@@ -17,7 +17,6 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from data import Folder
-from tasks import Data
 from training.optim import plan_steps
 
 SIZES = {"coco": (118_287, 80), "ade20k": (20_210, 150), "cifar10": (50_000, 10), "cifar100": (50_000, 100),
@@ -83,7 +82,7 @@ def dry_run(args, task, world):
     """Print parameters, multiply-adds, steps, memory and device-hours."""
     images, classes = set_size(args)
     args.init = None  # it may be written by a run yet to come
-    data = Data(classes=list(range(classes)), weights={})
+    data = SimpleNamespace(train=None, val=None, classes=list(range(classes)), mean=(0.0,) * 3, std=(1.0,) * 3, weights={})
     quiet = SimpleNamespace(**vars(world), say=lambda text: None)
     with torch.device("meta"):
         model = task.build(args, data, quiet)

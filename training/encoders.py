@@ -11,6 +11,7 @@ Needs: torch; checkpoints.py and the encoders.
 
 import functools
 import inspect
+import os
 
 import torch
 
@@ -90,6 +91,8 @@ def build_encoder(args, skip=(), init_options=None):
     if kind is vit.ViT:
         if args.weight_init != "jax":
             options["pos_embed"] = "sincos"
+        if args.class_token is False:
+            options["pool"] = "mean"
         options |= init_options or {}
     return kind(**{**preset, "num_classes": 0, **options})
 
@@ -97,9 +100,13 @@ def build_encoder(args, skip=(), init_options=None):
 # ---------------------------------------------------------------------------- starting from a file
 
 
-@functools.lru_cache(maxsize=1)
 def read_init(path):
     """The file is needed twice, for the sizes and for the weights."""
+    return read_unchanged(path, os.path.getmtime(path) if os.path.exists(path) else None)
+
+
+@functools.lru_cache(maxsize=1)
+def read_unchanged(path, changed):
     return read_checkpoint(path)
 
 
@@ -110,8 +117,11 @@ def inherit(args, default_model="vit_demo", **defaults):
     """
     named = args.model is not None
     file = {}
-    if getattr(args, "init", None) and args.init_options is None:  # a resumed run has them in its flags
-        file = read_init(args.init)
+    init = getattr(args, "init", None)
+    if init and args.dry_run and not os.path.exists(init):  # written by a run yet to come
+        init = None
+    if init and args.init_options is None:  # a resumed run has them in its flags
+        file = read_init(init)
     args.init_options = args.init_options or {}
     if isinstance(file.get("args"), dict):
         take_over(args, file["args"])
@@ -139,7 +149,8 @@ def take_over(args, saved):
         if given is None:
             setattr(args, name, value)
         elif given != value and name != "window_size":  # windows may change: their tables are resized
-            raise ValueError(f"--{name.replace('_', '-')} {given} contradicts --init {args.init}, whose encoder has "
+            flag = "--no-class-token" if name == "class_token" else f"--{name.replace('_', '-')} {given}"
+            raise ValueError(f"{flag} contradicts --init {args.init}, whose encoder has "
                              f"{name} {value}; drop the flag")
     if args.img_size is None and args.task not in ("detect", "segment"):
         args.img_size = saved.get("img_size")
@@ -153,6 +164,8 @@ def published_sizes(args, options):
         raise ValueError(f"--init {args.init} has patches of {patch_size} pixels, --patch-size is "
                          f"{args.patch_size}; use "
                          f"--patch-size {patch_size}")
+    if "img_size" in options:
+        options["img_size"] = list(options["img_size"])
     dense = args.task in ("detect", "segment")
     if options.get("rel_pos_bias") == "block" and dense:
         raise ValueError(f"--init {args.init} is a fine-tuned BEiT with a bias in every block, but --task "
@@ -161,7 +174,7 @@ def published_sizes(args, options):
     if options.get("rel_pos_bias") and args.class_token is False:
         raise ValueError(f"--init {args.init} has a relative position bias, which --no-class-token has no place for; "
                          "drop that flag")
-    if dense:  # the pyramid resizes the tables itself
+    if not dense:  # a pyramid is built in the file's size and resizes the tables itself
         options.pop("img_size", None)
     args.init_options = options
 

@@ -75,7 +75,7 @@ class Plan(NamedTuple):
 
 def plan_steps(args, images, processes):
     """How a set of images becomes steps. ValueError where an epoch would be empty."""
-    if images == 0:  # all was fitted before the loop (tasks/probe.py)
+    if images == 0:  # all was fitted before the loop, by tasks/probe.py
         return Plan(args.batch_size, 0, 0, 0, 0.0, 0.0)
     batches = images // (args.batch_size * processes)
     if batches == 0:
@@ -93,7 +93,7 @@ def plan_steps(args, images, processes):
 
 def lr_at(step, plan, args):
     """(1)"""
-    if step < plan.warmup:
+    if 0 <= step < plan.warmup:
         return plan.lr * step / plan.warmup
     done = (step - plan.warmup) / max(1, plan.total_steps - plan.warmup)
     left = 1 - done if args.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
@@ -148,7 +148,7 @@ def build_optimizer(model, args):
     options = dict(lr=0.0, momentum=0.9)
     if kind is torch.optim.AdamW:
         fused = next(model.parameters()).device.type in ("cuda", "cpu")
-        options = dict(lr=0.0, betas=(0.9, args.beta2), fused=fused)
+        options = dict(lr=0.0, betas=(0.9, 0.999 if args.beta2 is None else args.beta2), fused=fused)
     groups = param_groups(model, args)
     if args.optimizer == "sam":
         return SAM(groups, kind, rho=args.rho, adaptive=bool(args.adaptive), **options)

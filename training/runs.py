@@ -206,9 +206,14 @@ class Run:
                              f"previous "
                              "checkpoint is untouched, free some space and continue with --resume") from None
 
-    def close(self, at):
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self.file is not None:
-            self.file.close()
+            self.file.close()  # and with it the lock
+
+    def finish(self, at):
         if at.bad_in_a_row:
             raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last good "
                              "checkpoint stays, try a smaller --lr, more --warmup-epochs or --clip-grad 1")
@@ -252,6 +257,27 @@ class Run:
         """End after a signal, with the exit code that a shell expects."""
         self.world.say(f"  stopped at step {at.step}; continue with --resume --output-dir {self.hint}")
         raise SystemExit(128 + (stop.signal or signal.SIGTERM))
+
+
+def summary(args, line, trained, random, folder):
+    """The end of the default run: what the features are worth. trained, random: last lines of the two probes"""
+    # two standard errors of a difference of two accuracies
+    shares = [probe["val_acc"] / 100 for probe in (trained, random)]
+    error = 200 * math.sqrt(sum(p * (1 - p) for p in shares) / trained["val_images"])
+    gain = trained["val_acc"] - random["val_acc"]
+    learned = "learned" if gain > max(error, 3) else "did not learn: try more --epochs or another --lr"
+    other = "mae" if args.method != "mae" else "mixmim"
+    return f"""
+summary
+  loss on hidden patches  {line.get('val_loss', line['train_loss']):.3f}   (predicting the patch mean: {line.get('baseline', math.nan):.3f})
+  linear probe            {trained['val_acc']:.1f} %  after pre-training by {args.method}
+                          {random['val_acc']:.1f} %  same encoder at initialization (chance: {100 / trained['classes']:.0f} %)
+  the features            {gain:+.1f} points, {error:.1f} of which could be chance: {learned}
+  picture                 {folder / 'reconstruction.png'}
+
+try next
+  python train.py --method {other}
+  python train.py --depth 24 --segments 6"""
 
 
 def write_whole(path, write):

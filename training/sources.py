@@ -8,11 +8,12 @@ Needs: torch; data.py.
 from typing import NamedTuple
 
 from data import AUGMENTATIONS, Folder, channel_statistics, first_of_shuffle, open_source
-from training.flags import count, path
+from training.flags import between, count, path
 
 READ_BY = {  # flags that act on some sets only
     "data_path": ("cifar10", "cifar100", "folder", "coco", "ade20k"), "download": ("cifar10", "cifar100"),
-    "skip_bad": ("folder",), "data_size": ("shapes",), "scenes": ("shapes",)}
+    "skip_bad": ("folder",), "data_size": ("shapes",), "data_seed": ("shapes",),
+    "scenes": ("shapes",)}
 
 
 def source_flags(flag, sets):
@@ -20,6 +21,7 @@ def source_flags(flag, sets):
     flag("--data", choices=sets, default="shapes", help="image set")
     flag("--data-path", type=path, metavar="DIR", help="where it is")
     flag("--data-size", type=count, help="shapes: training scenes (default: 4096)")
+    flag("--data-seed", type=between(0, 2**32, int), help="shapes: other scenes (default: 0)")
     flag("--scenes", choices=("simple", "crowded"),
          help="shapes: one large object, or several on a texture (default: crowded to detect and segment)")
     flag("--train-images", type=count, help="use the first N of a fixed shuffle; with --dry-run the size of the set")
@@ -48,6 +50,7 @@ def complete(args):
                              "it or name the set")
     if args.data == "shapes":
         args.data_size = args.data_size or 4096
+        args.data_seed = args.data_seed or 0
         args.scenes = args.scenes or ("crowded" if args.task in ("detect", "segment") else "simple")
 
 
@@ -63,7 +66,7 @@ class Sources(NamedTuple):
 def open_images(args, world, need_val=True):
     """Training and validation set of whole images, opened and, where small, decoded."""
     options = dict(name=args.data, path=args.data_path, img_size=tuple(args.img_size), size=args.data_size,
-                   scenes=args.scenes, skip_bad=args.skip_bad)
+                   seed=args.data_seed, scenes=args.scenes, skip_bad=args.skip_bad)
     # rank 0 downloads, the others wait
     if args.download and not world.main:
         world.gather(None)

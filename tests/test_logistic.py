@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tasks_probe_draft import logistic_regression
+from training.logistic import logistic_regression
 
 
 def blobs(n=600, dim=6, classes=4, spread=1.0, seed=0):
