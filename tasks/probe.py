@@ -29,8 +29,8 @@ PENALTIES = [1e-5, 1e-4, 1e-3, 1e-2]  # --style lbfgs
 NEUTRAL = dict(epochs=(None, 1), accum=(1,), optimizer=("adamw",), blr=(None,), lr=(None,), warmup_epochs=(None,),
                clip_grad=(None,), ema=(None,), beta2=(None,))  # what L-BFGS has no use for
 SAME_AS_PRETRAINING = (  # the flags that the default run hands on
-    "data", "data_path", "data_size", "data_seed", "scenes", "train_images", "val_images", "skip_bad", "seed", "workers", "device",
-    "precision", "model", "img_size", *encoders.SIZES)
+    "data", "data_path", "data_size", "data_seed", "scenes", "train_images", "val_images", "skip_bad", "seed",
+    "workers", "device", "precision", "model", "img_size", *encoders.SIZES)
 
 
 def add_flags(flag):
@@ -49,8 +49,8 @@ def complete(args):
     if args.style == "lbfgs":
         for name, values in NEUTRAL.items():
             if getattr(args, name) not in values:
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} acts with --style adamw only; add it or "
-                                 "drop the flag")
+                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)} acts with --style adamw only; add "
+                                 "it or drop the flag")
         args.epochs = 1
         args.penalties = args.penalties or PENALTIES
         return

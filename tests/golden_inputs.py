@@ -108,7 +108,8 @@ def compare_tensor(name, tensor, entry, tolerance):
 
 
 def compare_grads(grads, entry, tolerance):
-    """grads: official name -> gradient of every trainable parameter. First values are relative to the gradient's RMS."""
+    """grads: official name -> gradient of every trainable parameter. First values are relative to the
+    gradient's RMS."""
     l2 = {name: grad.double().norm() for name, grad in grads.items()}
     off = {"total": relative(torch.stack(list(l2.values())).norm(), entry["total_l2"])}
     for name, norm in {**entry.get("all_l2", {}), **entry.get("selected_l2", {})}.items():

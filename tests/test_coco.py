@@ -82,7 +82,8 @@ def test_without_any_truth_it_does_not_crash():
 
 
 def test_average_precision_matches_a_hand_computed_one():
-    """Two objects of a class: the surest answer is right, the second wrong, the third right. Precision 1 up to recall 1/2, then 2/3."""
+    """Two objects of a class: the surest answer is right, the second wrong, the third right. Precision 1 up to
+    recall 1/2, then 2/3."""
     mask = torch.zeros(2, 40, 40, dtype=torch.uint8)
     mask[0, :10, :10], mask[1, 20:30, 20:30] = 1, 1
     target = dict(boxes=torch.tensor([[0.0, 0, 10, 10], [20, 20, 30, 30]]), labels=torch.tensor([1, 1]), masks=mask)
@@ -150,7 +151,8 @@ def test_masks_are_kept_as_run_lengths(scenes, monkeypatch):
 
 @pytest.fixture
 def layout(tmp_path):
-    """Three images: an RGB one with an object and a crowd, a gray one with an object of the other class, an empty one."""
+    """Three images: an RGB one with an object and a crowd, a gray one with an object of the other class, an
+    empty one."""
     (tmp_path / "train2017").mkdir()
     (tmp_path / "annotations").mkdir()
     for name, channels in (("a.jpg", 3), ("b.jpg", 1), ("c.jpg", 3)):

@@ -413,8 +413,8 @@ def test_the_stats_flag_measures_instead(tmp_path, monkeypatch):
     monkeypatch.setattr(
         classify, "augmentation", lambda name, size, mean, std: used.append((mean, std)) or real(name, size, mean, std)
     )
-    flags = "--task classify --scenes crowded --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --data-size 16 --batch-size 8".split()
-    flags += ["--epochs", "1"]
+    flags = "--task classify --scenes crowded --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8".split()
+    flags += "--data-size 16 --batch-size 8 --epochs 1".split()
     for name, more in (("own", []), ("measured", ["--stats"])):
         train.main([*flags, *more, "--output-dir", str(tmp_path / name)])
     source = Shapes(16)

@@ -406,7 +406,8 @@ def test_bf16_autocast_gives_a_float32_loss_close_to_the_exact_one():
 
 @pytest.mark.slow
 def test_a_multiply_add_of_mirl_costs_what_one_of_mae_costs():
-    """ViT-B/16, 224 px, batch 8: processor time and saved activations per multiply-add within 15 %, steps interleaved."""
+    """ViT-B/16, 224 px, batch 8: processor time and saved activations per multiply-add within 15 %, steps
+    interleaved."""
     import time
 
     from torch.utils.flop_counter import FlopCounterMode

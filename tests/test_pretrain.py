@@ -118,7 +118,7 @@ def test_the_last_image_of_a_validation_set_is_not_left_without_a_partner(tmp_pa
 
 def test_mixmim_without_a_task_pretrains_and_probes_also_its_ablations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    start(f"--method mixmim {HIERARCHICAL} --fill mask --data-size 64 --batch-size 8 --epochs 1")
+    start(f"--method mixmim --model mixmim_demo {HIERARCHICAL} --fill mask --data-size 64 --batch-size 8 --epochs 1")
     folder = tmp_path / "runs" / "0001"
     assert "val_acc" in log(folder / "probe")[-1] and "val_acc" in log(folder / "probe_random")[-1]
 

@@ -197,7 +197,8 @@ def test_fine_and_coarse_maps_both_reach_every_pixel():
 
 
 def test_the_head_is_as_large_as_the_published_ones():
-    """UperNet with 512 channels and 150 classes: ResNet-101 has 86 M (with a stem of three convolutions, 0.02 M more than torchvision's),
+    """UperNet with 512 channels and 150 classes: ResNet-101 has 86 M (with a stem of three convolutions, 0.02
+    M more than torchvision's),
     Swin-T 60 M (table of the Swin paper, arXiv 2103.14030): 27.5 M are the encoder's."""
     with torch.device("meta"):
         count = sum(p.numel() for p in UperNet(torchvision.models.resnet101(weights=None), 150).parameters())
@@ -350,7 +351,8 @@ def test_two_scenes_are_learnt_by_heart():
 
 
 class Count(nn.Module):
-    """Logits that depend on where a pixel lies in what it was given: class 0 its first channel, class 1 its column. Notes the sizes."""
+    """Logits that depend on where a pixel lies in what it was given: class 0 its first channel, class 1 its
+    column. Notes the sizes."""
 
     def __init__(self, stride=1):
         super().__init__()
@@ -371,7 +373,8 @@ def test_windows_cover_a_side_and_the_last_is_moved_back_inside(side, window, st
 
 
 def test_overlapping_windows_are_averaged():
-    """Width 6, windows of 4 at 0 and 2: a pixel's column counts from its window's edge, in the overlap the mean of two."""
+    """Width 6, windows of 4 at 0 and 2: a pixel's column counts from its window's edge, in the overlap the
+    mean of two."""
     images = torch.rand(1, 3, 4, 6)
     out = slide(Count(), images, 4, 2)
     assert out[0, 1, 0].tolist() == [0, 1, (2 + 0) / 2, (3 + 1) / 2, 2, 3]
@@ -458,7 +461,8 @@ def test_images_of_different_sizes_are_measured_each_at_its_labels_size():
 
 
 def two_process_job():
-    """What each of the two processes runs: its share of the evaluation, then two steps, which an unused parameter would stop."""
+    """What each of the two processes runs: its share of the evaluation, then two steps, which an unused
+    parameter would stop."""
     torch.set_num_threads(1)
     child = os.fork()  # both have loaded torch, once
     rank = int(child == 0)

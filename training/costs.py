@@ -82,7 +82,8 @@ def dry_run(args, task, world):
     """Print parameters, multiply-adds, steps, memory and device-hours."""
     images, classes = set_size(args)
     args.init = None  # it may be written by a run yet to come
-    data = SimpleNamespace(train=None, val=None, classes=list(range(classes)), mean=(0.0,) * 3, std=(1.0,) * 3, weights={})
+    data = SimpleNamespace(train=None, val=None, classes=list(range(classes)), weights={})
+    data.mean, data.std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
     quiet = SimpleNamespace(**vars(world), say=lambda text: None)
     with torch.device("meta"):
         model = task.build(args, data, quiet)
@@ -92,7 +93,8 @@ def dry_run(args, task, world):
     checkpointing = getattr(args, "checkpointing", False)
     passes = 1 if args.task == "probe" else 4 if checkpointing else 3
     passes *= (1 + (args.optimizer == "sam")) * (1 + getattr(args, "adversarial", False))
-    plan = plan_steps(args, images, world.size)
+    fitted = getattr(args, "style", None) == "lbfgs"
+    plan = plan_steps(args, 0 if fitted else images, world.size)
     seen = images if args.task == "probe" else plan.total_steps * plan.effective
     hours = 2 * macs * passes * seen / (args.tflops * 1e12) / 3600
 

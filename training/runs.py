@@ -266,12 +266,14 @@ def summary(args, line, trained, random, folder):
     error = 200 * math.sqrt(sum(p * (1 - p) for p in shares) / trained["val_images"])
     gain = trained["val_acc"] - random["val_acc"]
     learned = "learned" if gain > max(error, 3) else "did not learn: try more --epochs or another --lr"
+    untrained = f"same encoder at initialization   (chance: 1 in {trained['classes']})"
     other = "mae" if args.method != "mae" else "mixmim"
+    loss, baseline = line.get("val_loss", line["train_loss"]), line.get("baseline", math.nan)
     return f"""
 summary
-  loss on hidden patches  {line.get('val_loss', line['train_loss']):.3f}   (predicting the patch mean: {line.get('baseline', math.nan):.3f})
+  loss on hidden patches  {loss:.3f}   (predicting the patch mean: {baseline:.3f})
   linear probe            {trained['val_acc']:.1f} %  after pre-training by {args.method}
-                          {random['val_acc']:.1f} %  same encoder at initialization (chance: {100 / trained['classes']:.0f} %)
+                          {random['val_acc']:.1f} %  {untrained}
   the features            {gain:+.1f} points, {error:.1f} of which could be chance: {learned}
   picture                 {folder / 'reconstruction.png'}
 
