@@ -29,7 +29,7 @@ import math
 import textwrap
 import time
 from collections import namedtuple
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
@@ -308,6 +308,9 @@ def scene(index, img_size=32, seed=0, scenes="crowded"):
                 masks=masks.to(torch.uint8), semantic=semantic)
 
 
+drawn = lru_cache(maxsize=2)(lambda *scenes: render(*scenes)[0])  # the sets of one process, drawn once
+
+
 class Shapes(Dataset):
     """The scenes as an image data set: ds[i] is (image (3, H, W) uint8, label).
 
@@ -336,7 +339,7 @@ class Shapes(Dataset):
         height, width = self.img_size
         if len(self) * 3 * height * width > CACHE_BYTES:
             return None
-        return render(self.indices, self.img_size, self.seed, self.scenes)[0]
+        return drawn(self.indices, self.img_size, self.seed, self.scenes)
 
     @cached_property
     def labels(self):  # the plan is enough, no picture is drawn
@@ -385,13 +388,11 @@ def save_grid(path, columns, cell=128):
     for images in columns.values():
         scale = max(1, round(cell / min(images.shape[2:])))
         tiles.append(F.interpolate(images.expand(-1, 3, -1, -1), scale_factor=scale, mode="nearest"))
-
     # pad them to one size and lay them out
     height, width = (max(tile.shape[d] for tile in tiles) for d in (2, 3))
     tiles = [F.pad(tile, (0, width - tile.shape[3], 0, height - tile.shape[2]), value=1.0) for tile in tiles]
     gap = 6
     grid = make_grid(torch.stack(tiles, dim=1).flatten(0, 1), nrow=len(tiles), padding=gap, pad_value=1.0)
-
     # captions above
     font = ImageFont.load_default(size=14)
     captions = [wrap(caption, width, font) for caption in columns]

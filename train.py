@@ -45,11 +45,11 @@ LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 5  # steps in a row whose loss is not finite, before the run stops
 
 DEFAULT_RUN = {  # python train.py; a flag that is given replaces the line it stands before
-    "": "--then-probe --raw-pixels --mask-ratio 0.5 --epochs 2 --batch-size 32 --augment none --eval-every 2",
-    "--model": "--model vit_demo --patch-size 8 --embed-dim 64 --num-heads 4",
+    "": "--then-probe --raw-pixels --mask-ratio 0.5 --epochs 3 --batch-size 64 --augment none --eval-every 3",
+    "--model": "--model vit_demo --depth 8 --patch-size 8 --embed-dim 64 --num-heads 4",
     "--data": "--data-size 16384",
     "--method": "--segments 2",
-    "--lr": "--blr 2.4e-2",
+    "--lr": "--blr 1.6e-2",
 }
 
 
@@ -311,6 +311,8 @@ def parse(argv):
 def probe_both(args, line, world, stop, folder):
     """After pre-training: what are the features worth, against those of the same encoder before it?"""
     shared = {name: getattr(args, name) for name in probe.SAME_AS_PRETRAINING}
+    if args.data == "shapes":  # a quarter of the default scenes as labels, to save time
+        shared["train_images"] = min(args.train_images or args.data_size, 4096)
     lines = []
     for name in ("probe", "probe_random"):
         argv = ["--task", "probe", *parser_for("probe").as_argv(shared)]
