@@ -373,8 +373,8 @@ BAD = [  # flags, a word of the message
     ("@missing.txt", "missing.txt"),
     ("@bad_recipe.txt", "no-such-flag"),
     ("--dry-run --tflops 0", "tflops"),
-    ("--dry-run --batch-size 5000", "batch-size"),
-    ("--dry-run --batch-size 64 --accum 65", "accum"),
+    ("--dry-run --batch-size 20000", "batch-size"),
+    ("--dry-run --batch-size 64 --accum 300", "accum"),
     ("--device cuda --task pretrain", "cuda"),
 ]
 
