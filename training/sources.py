@@ -46,8 +46,7 @@ def complete(args):
     for name, sets in READ_BY.items():
         if getattr(args, name, None) is not None and args.data not in sets:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --data {' or '.join(sets)}, not to "
-                             f"{args.data}; drop "
-                             "it or name the set")
+                             f"{args.data}; drop it or name the set")
     if args.data == "shapes":
         args.data_size = args.data_size or 4096
         args.data_seed = args.data_seed or 0
