@@ -246,7 +246,7 @@ def run_flags(flag):
     flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under "
                                                         "runs/)")
     flag("--resume", action="store_true", help="continue the run in --output-dir")
-    flag("--seed", type=between(0, 2**32, int), default=0)
+    flag("--seed", type=between(0, 2**32, int), default=0, help="of weights, order, augmentation and masks")
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
     flag("--save-minutes", type=between(0, math.inf), default=10.0, help="save this often, besides every epoch")
     flag("--workers", type=between(0, 1000, int), help="loading processes (default: up to 8 on a GPU, else 0)")
