@@ -41,8 +41,14 @@ from training.optim import lr_at, plan_steps
 from training.runs import Run, check_folder, run_flags, same_flags, saved_flags, summary
 from training.world import Stop, World
 
-TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
-         "segment": segmentation}
+TASKS = {
+    "pretrain": pretrain,
+    "classify": classify,
+    "probe": probe,
+    "contrast": contrast,
+    "detect": detection,
+    "segment": segmentation,
+}
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 5  # steps in a row whose loss is not finite, before the run stops
 
@@ -135,7 +141,7 @@ def fit(args, task, world, run, stop):
                 bad = bad or optimizer.last["skipped"]
             else:
                 optimizer.step(closure)
-            loss, climbed = sum(pass_losses[::2]), sum(pass_losses[1::2])
+            loss = sum(pass_losses[::2])
             at.step += 1
             images += len(window) * plan.batch_size * world.size
             at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
@@ -153,8 +159,10 @@ def fit(args, task, world, run, stop):
             # log, and once in a while save: each rank asks its own clock, but only rank 0 writes
             if at.step % LOG_EVERY == 0:
                 speed = images / (time.monotonic() - clock)
-                more = dict(loss_climbed=climbed, grad_norm=optimizer.last["grad_norm"]) if sam else {}
-                run.log(step=at.step, loss=loss, lr=lr, img_s=speed, **more)
+                entry = dict(step=at.step, loss=loss, lr=lr, img_s=speed)
+                if sam:
+                    entry |= dict(loss_climbed=sum(pass_losses[1::2]), grad_norm=optimizer.last["grad_norm"])
+                run.log(**entry)
                 bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}")
             if not bad and (stopped or run.save_is_due()):
                 run.save(at, epoch)
@@ -165,8 +173,11 @@ def fit(args, task, world, run, stop):
         seconds = time.monotonic() - clock
         train_loss = at.loss_sum / at.loss_count if at.loss_count else math.nan
         lr = lr_at(at.step - 1, plan, args)  # again: an epoch may have no steps left
-        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=train_loss, lr=lr, img_s=images / seconds,
-                       data_share=waited / seconds, bad_steps=at.bad_steps, **sources.skipped_images(data))
+        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=train_loss, lr=lr)
+        at.line["img_s"] = images / seconds
+        at.line["data_share"] = waited / seconds
+        at.line["bad_steps"] = at.bad_steps
+        at.line |= sources.skipped_images(data)
         data.final = epoch + 1 == args.epochs
         with evaluating(judged):
             if val_loader is not None and (data.final or (epoch + 1) % args.eval_every == 0):

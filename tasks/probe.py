@@ -52,8 +52,8 @@ def complete(args):
         args.pool = "cls" if published and args.class_token is not False else "mean"
     encoders.complete(args)
     if published and args.model.startswith("resnet"):
-        raise ValueError(f"--style mae trains in batches, in which the BatchNorm of {args.model} would move; take another "
-                         "style")
+        raise ValueError(f"--style mae trains in batches, in which the BatchNorm of {args.model} would move; take "
+                         "another style")
     if not published and args.augment not in (None, "none"):
         raise ValueError(f"--augment {args.augment} acts with --style mae only: the others compute features once")
     if args.style == "lbfgs":
@@ -67,7 +67,7 @@ def complete(args):
     if args.penalties is not None:
         raise ValueError("--penalties acts with --style lbfgs only; drop it")
     for name, value in (PUBLISHED if published else ITERATIVE).items():
-        unused = name == "blr" and args.lr is not None or name == "beta2" and args.optimizer != "adamw"
+        unused = (name == "blr" and args.lr is not None) or (name == "beta2" and args.optimizer != "adamw")
         if getattr(args, name) is None and not unused:
             setattr(args, name, value)
 

@@ -244,8 +244,9 @@ class Run:
         world.say(f"{args.task}{' by ' + args.method if 'method' in args else ''}: {args.model}, {size} px{patch}; "
                   f"{len(data.train)} training and {held_out} validation images of {args.data}")
         world.say(f"  {trainable:,} parameters learn on {world.device.type} x {world.size} in {precision}")
-        world.say(f"  {plan.total_steps} steps of {plan.effective} images ({plan.batch_size} x accum {args.accum} x "
-                  f"{world.size} processes), lr {plan.lr:.3g}")
+        if not data.fitted:
+            world.say(f"  {plan.total_steps} steps of {plan.effective} images ({plan.batch_size} x accum {args.accum} x "
+                      f"{world.size} processes), lr {plan.lr:.3g}")
         if at.step:
             world.say(f"  resumed at epoch {at.epoch}, step {at.step}")
 
@@ -262,6 +263,8 @@ class Run:
         if self.args.task == "probe" and epoch % max(1, self.args.epochs // 5):  # a probe's epochs are short
             return
         values = {key: f"{value:.4g}" if isinstance(value, float) else value for key, value in at.line.items()}
+        if not at.step:  # fitted before the loop
+            values = {key: value for key, value in values.items() if key.startswith("val_")}
         self.world.say("  " + ", ".join(f"{key} {value}" for key, value in values.items()))
         if share > 0.3 and at.step and self.args.task != "probe":
             self.world.say(f"  loading takes {share:.0%} of the time: try more --workers")
