@@ -82,7 +82,8 @@ def test_the_header_of_every_recipe_says_source_what_is_borrowed_and_the_cost_of
     figures = re.search(pattern, printed, re.S)
     parameters, multiply_adds, steps, hours = figures.groups()
     parameters = int(parameters.replace(",", "")) / 1e6
-    assert (f"Cost: {parameters:.1f} M parameters, {float(multiply_adds):.1f} G multiply-adds per image, {steps} steps, "
+    multiply_adds = f"{float(multiply_adds):.1f}"
+    assert (f"Cost: {parameters:.1f} M parameters, {multiply_adds} G multiply-adds per image, {steps} steps, "
             f"{hours} device-hours at 100 TFLOP/s (--dry-run).") in header
 
 
