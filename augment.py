@@ -112,6 +112,12 @@ class FitSize(torch.nn.Module):
             return image
         rows, columns = image.shape[-2:]
         scale = 1 / self.crop_ratio * max(height / rows, width / columns)
+
+        # of a long strip only the middle is resized: the crop shows no more, and all of it may not fit in memory
+        middle = min(rows, math.ceil(16 * height / scale)), min(columns, math.ceil(16 * width / scale))
+        if middle != (rows, columns):
+            image = F.center_crop(image, list(middle))
+            rows, columns = middle
         size = [round(rows * scale), round(columns * scale)]
         return self.crop(F.resize(image, size, BICUBIC, antialias=True))
 

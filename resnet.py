@@ -1,14 +1,14 @@
-"""ResNet: torchvision's, with the interface of the other classifiers.
+"""ResNet: torchvision's, with the handles of this house's other classifiers.
 
-The convolutional baseline of the SAM paper. Layers, initialization and parameter names are
-torchvision's, so checkpoints.load_pretrained reads its weights. The classifier is called `head`, as in
-vit.py and mixer.py; torchvision's is called `fc`. The small form for 32 pixels is the CIFAR ResNet: a stem of
+The convolutional yardstick of the SAM paper. Layers, initialization and parameter names are
+torchvision's, so checkpoints.load_pretrained reads its weights; only the classifier is called `head`,
+as in vit.py and mixer.py, where torchvision says `fc`. The small form for 32 pixels is the CIFAR ResNet: a stem of
 3 x 3 without stride or pooling, and three stages instead of four, each half as fine and twice as wide.
 
     h = relu(x + bn conv(relu(bn conv x)))   two 3 x 3 convolutions; x is a 1 x 1 convolution where shapes change    (1)
     h = relu(x + bn conv(relu(bn conv(relu(bn conv x)))))   from ResNet-50 on: 1 x 1 to a quarter, 3 x 3, 1 x 1      (2)
 
-Source: He et al. 2015, arXiv 1512.03385; as a baseline for ViT and Mixer Chen, Hsieh, Gong 2022,
+Source: He et al. 2015, arXiv 1512.03385; as a yardstick for ViT and Mixer Chen, Hsieh, Gong 2022,
 arXiv 2106.01548. We differ: shortcuts of the small form are 1 x 1 convolutions as in torchvision, the
 paper pads with zeros.
 Needs: torch, torchvision (and sam.py for the demo).

@@ -82,6 +82,17 @@ def test_an_image_of_another_size_is_cropped_in_the_center():
     assert FitSize((32, 48))(torch.zeros(3, 100, 60, dtype=torch.uint8)).shape == (3, 32, 48)
 
 
+def test_of_a_long_strip_only_the_middle_is_resized(monkeypatch):
+    sizes = []
+    resize = F.resize
+    monkeypatch.setattr(F, "resize", lambda image, *args, **options: sizes.append(image.shape) or resize(image, *args))
+    strip = torch.zeros(3, 2, 5000, dtype=torch.uint8)
+    strip[:, :, 2499:2501] = 255
+    out = FitSize((32, 32))(strip)
+    assert out.shape == (3, 32, 32) and sizes[0][-1] < 100
+    assert out[0, 16, 15:17].min() > 200 and out[0, 16, 0] < 60  # the two white columns are in the middle
+
+
 def test_the_inception_crop_aliases_as_that_of_the_jax_code_and_the_mae_crop_does_not():
     stripes = (torch.arange(256) % 2 * 255).byte().expand(3, 256, 256)  # too fine for 32 px: gray, if averaged
     spread = {}
