@@ -66,6 +66,12 @@ def masked_loss(pred, target, mask):
     return (error * mask).sum() / mask.sum().clamp(min=1)
 
 
+def hidden_error(picture, imgs, mask, patch_size):
+    """Mean squared error of a picture (B, C, H, W) on the removed patches of imgs, as text for its caption."""
+    error = masked_loss(patchify(picture, patch_size), patchify(imgs, patch_size), mask)
+    return f"error {error.item():.3f}"
+
+
 def patch_mean_loss(imgs, patch_size, normalize=True):
     """The loss of predicting each patch's mean: a model below it has learned something."""
     patches = patchify(imgs, patch_size)

@@ -1,7 +1,7 @@
-"""SAM: settle in a wide valley, not in a narrow crack.
+"""SAM: find weights whose whole neighborhood has a low loss.
 
-A minimum that is low at one point only generalizes badly. Sharpness-aware minimization looks for a point
-whose whole neighborhood is low: climb to (about) the worst point within radius rho, take the gradient there,
+A minimum that is low at one point only, a narrow crack, generalizes badly. Sharpness-aware minimization
+prefers a wide valley: climb to (about) the worst point within radius rho, take the gradient there,
 then step from where you were.
 
     eps = rho * g / ||g||                  (1)   g = grad L(w); one norm over all parameters
@@ -22,14 +22,17 @@ The closure should draw the same dropout in both passes: begin it with torch.man
 statistics move in the first pass only. A step whose loss or gradient is not finite is skipped. Under DDP pass
 the wrapped model, optimizer.step(closure, model=ddp): each process climbs with the gradient of its own batch
 (m-sharpness, as in the paper), and only the second gradient is averaged. fp16 needs a GradScaler and the two
-halves; here, backward() scales the loss and unscales the gradients:
+halves:
 
+    def backward():
+        scaler.scale(criterion(model(x), y)).backward()
+        scaler.unscale_(optimizer)
     backward()                              # DDP: inside ddp.no_sync()
     optimizer.first_step(zero_grad=True)
-    scaler.update()
+    scaler.update()                         # unscale_ is allowed once between updates
     with batchnorm_held(model):
         backward()
-    optimizer.second_step(zero_grad=True)
+    optimizer.second_step(zero_grad=True)   # skips what is not finite: no scaler.step
     scaler.update()
 
 We differ from google-research/sam (SGD): weight decay is the base optimizer's alone; there it is in the loss, so
@@ -56,7 +59,7 @@ class SAM(torch.optim.Optimizer):
 
     params          parameters or groups; a group may have its own rho (0: not perturbed, but in the norm)
     base_optimizer  the class, such as torch.optim.AdamW; base_kwargs are its arguments
-    rho             radius (1); ResNets want a small one, ViTs and Mixers more, fewer devices more
+    rho             radius (1): 0.02 to 0.05 for ResNets, 0.1 to 0.6 for ViTs and Mixers (Chen et al., from memory)
     adaptive        ASAM (3); its rho is some ten times larger
 
     param_groups and state are the base optimizer's own, so schedulers, state_dict and resuming work as usual.
@@ -82,7 +85,7 @@ class SAM(torch.optim.Optimizer):
         if self._climbed is not None:
             raise ValueError("first_step was called twice; call second_step after the second backward pass")
 
-        # the direction uphill: g, for ASAM |w| g
+        # the direction uphill: g, for ASAM w g, whose norm is that of |w| g; the sign cancels below
         climbs, directions = [], []
         for group in self.param_groups:
             params = [p for p in group["params"] if p.grad is not None]
@@ -148,7 +151,7 @@ class SAM(torch.optim.Optimizer):
         fault, _, *losses = torch.cat([fault[None], numbers]).tolist()
         self.last["skipped"] = fault > 0
         if fault == 0:
-            self.base_optimizer.step()
+            self.base_optimizer.step()  # (2)
         self._opt_called = True  # learning rate schedulers look for it
         return losses
 
@@ -166,29 +169,30 @@ class SAM(torch.optim.Optimizer):
         split              each closure of the list climbs on its own (m-sharpness on one device)
         """
         closures = list(closure) if isinstance(closure, (list, tuple)) else [closure]
-        climbs = [[closure] for closure in closures] if split else [closures]
+        # usually all closures climb together; with split each is a group of its own
+        groups = [[closure] for closure in closures] if split else [closures]
         first, second, norms = 0.0, 0.0, []
-        gradient = None  # (2), summed over the micro-batches so far
+        gradient = None  # grad L(w + eps), summed over the groups so far
 
         self._accumulating = len(closures) > 1
         try:
-            for number, together in enumerate(climbs, start=1):
-                # gradient at w, and the climb
+            for number, group in enumerate(groups, start=1):
+                # (1) gradient at w, and the climb
                 self._set_grads(None)
-                first = first + passes(together, model, average=sync_perturbation)
+                first = first + passes(group, model, average=sync_perturbation)
                 self.first_step()
                 norms.append(self.last["grad_norm"])
 
-                # gradient at w + eps, on top of that of earlier micro-batches
+                # (2) gradient at w + eps, on top of that of earlier groups
                 self._set_grads(gradient)
                 with batchnorm_held(model):
-                    second = second + passes(together, model, average=number == len(climbs))
+                    second = second + passes(group, model, average=number == len(groups))
                 gradient = [p.grad for p in self._params()]
 
                 # back to w
                 self.restore()
 
-            # the base optimizer's step
+            # (2) the base optimizer's step
             norm = sum(norms) / len(norms)
             self.last = dict(grad_norm=norm, skipped=not math.isfinite(norm))
             self.last["first_loss"], self.last["second_loss"] = self._base_step([first, second], model)

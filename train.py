@@ -9,13 +9,14 @@
     torchrun --nproc_per_node=4 train.py ...          the same on four GPUs
 
 What differs between tasks (data, model, loss, metric, picture) is in tasks/, a module per task with the same
-functions (tasks/__init__.py). Folders, checkpoints, ranks and signals are in training/runs.py, the learning
-rate and the optimizers in training/optim.py. The loop itself is `fit`, below.
+functions (tasks/__init__.py). Folders and checkpoints are in training/runs.py, ranks and signals in
+training/world.py, the learning rate and the optimizers in training/optim.py. The loop itself is `fit`, below.
 
-Interrupted anywhere, a run continues with --resume --output-dir DIR and ends with the weights it would have
-had: data order, augmentation, masks and dropout are functions of (seed, epoch or step, index).
+Interrupted anywhere, a run continues with --resume --output-dir DIR and ends, on a CPU, with the same weights:
+the order of the data (data.TrainBatches), augmentation and masks (data.Images) are functions of (seed, epoch,
+index), dropout of (seed, step, rank), and model, optimizer and position are saved (runs.Run.save).
 
-Needs: torch, torchvision, einops, tqdm; every concept file of this repository.
+Needs: torch, torchvision, einops, tqdm; the other files here.
 """
 
 import itertools
@@ -44,7 +45,7 @@ TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast":
 LOG_EVERY = 10  # steps
 MAX_BAD_STEPS = 5  # steps in a row whose loss is not finite, before the run stops
 
-DEFAULT_RUN = {  # python train.py; a flag that is given replaces the line it stands before
+DEFAULT_RUN = {  # python train.py; giving the flag on the left drops the defaults on its line
     "": "--then-probe --raw-pixels --mask-ratio 0.5 --epochs 3 --batch-size 64 --augment none --eval-every 3",
     "--model": "--model vit_demo --depth 8 --patch-size 8 --embed-dim 64 --num-heads 4",
     "--data": "--data-size 16384",
@@ -107,32 +108,26 @@ def fit(args, task, world, run, stop):
             waited += time.monotonic() - start
 
             # loss and gradient; SAM calls this twice, the others once
-            losses, bad, stopped = [], False, False
+            pass_losses, bad, stopped = [], False, False
 
             def closure():
                 nonlocal bad, stopped
                 torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # SAM: equal dropout twice
                 optimizer.zero_grad()
-                parts = backward(window, wrapped, task, args, data, world, autocast)
-                climbs = sam and not losses  # only the direction of this gradient counts
+                shares = backward(window, wrapped, task, args, data, world, autocast)
+                climbs = sam and not pass_losses  # only the direction of this gradient counts
                 norm = optim.clip_gradients(learner, None if climbs else args.clip_grad)
-
-                # one decision for all ranks: the mean loss, a fault anywhere, a signal anywhere
-                *parts, norm = torch.stack([*parts, norm]).tolist()
-                loss = sum(parts)
-                faulty = not math.isfinite(loss + norm)
-                total, faults, stops = world.sum([loss, faulty, stop.signal is not None])
-                losses.append(total / world.size)
-                bad = bad or faults > 0
-                stopped = stops > 0
+                loss, mean_loss, fault, stopped = agree(shares, norm, stop, world)
+                pass_losses.append(mean_loss)
+                bad = bad or fault
                 if bad and not sam:
                     optimizer.zero_grad()  # without gradients a step changes nothing
                 return torch.tensor(math.nan if bad else loss)
 
             # step; SAM climbs with each rank's own gradient, and averages the second one only
             before = [buffer.clone() for buffer in statistics]
-            optimizer.step(closure, **({"model": wrapped} if sam else {}))
-            bad = bad or sam and optimizer.last["skipped"]
+            optimizer.step(closure, **(dict(model=wrapped) if sam else {}))
+            bad = bad or (sam and optimizer.last["skipped"])
             at.step += 1
             images += len(window) * plan.batch_size * world.size
             at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
@@ -142,17 +137,17 @@ def fit(args, task, world, run, stop):
                     buffer.copy_(value)
                 run.report_bad_step(at, lr, gives_up=at.bad_in_a_row == MAX_BAD_STEPS)
             else:
-                at.loss_sum += losses[0]
+                at.loss_sum += pass_losses[0]
                 at.loss_count += 1
                 if ema:
                     ema.update_parameters(learner)
 
-            # log, and once in a while save
+            # log, and once in a while save: each rank asks its own clock, but only rank 0 writes
             if at.step % LOG_EVERY == 0:
                 speed = images / (time.monotonic() - clock)
-                climbed = dict(loss_climbed=losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
-                run.log(step=at.step, loss=losses[0], lr=lr, img_s=speed, **climbed)
-                bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {lr:.1e}")
+                climbed = dict(loss_climbed=pass_losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                run.log(step=at.step, loss=pass_losses[0], lr=lr, img_s=speed, **climbed)
+                bar.set_postfix_str(f"loss {pass_losses[0]:.3f}, lr {lr:.1e}")
             if not bad and (stopped or run.save_is_due()):
                 run.save(at, epoch)
             if stopped:
@@ -164,7 +159,7 @@ def fit(args, task, world, run, stop):
             epoch=epoch + 1,
             step=at.step,
             train_loss=at.loss_sum / at.loss_count if at.loss_count else math.nan,
-            lr=lr_at(at.step - 1, plan, args),
+            lr=lr_at(at.step - 1, plan, args),  # not `lr`: an epoch may have no steps left
             img_s=images / seconds,
             data_share=waited / seconds,
             bad_steps=at.bad_steps,
@@ -178,6 +173,7 @@ def fit(args, task, world, run, stop):
                     at.line |= task.evaluate(judged, val_loader, args, data, world)
             run.log(**at.line)
             run.report_epoch(at)
+            # a probe's encoder is frozen: one picture, at the end
             if world.main and (data.final or not data.learner):
                 task.save_picture(run.folder, model if data.learner else judged, args, data)
         at.loss_sum, at.loss_count = 0.0, 0
@@ -188,17 +184,27 @@ def fit(args, task, world, run, stop):
 
 
 def backward(window, wrapped, task, args, data, world, autocast):
-    """Gradients of the mean loss over a window of micro-batches -> their shares of it."""
-    losses = []
+    """Gradients of the mean loss over a window of micro-batches -> the share of each in that loss."""
+    shares = []
     for n, batch in enumerate(window, start=1):
-        # DDP averages the gradients once per step, in the last backward pass
+        # DDP averages the gradients in the last backward pass only; in SAM's first pass never (sam.passes)
         alone = world.size == 1 or n == len(window)
         with nullcontext() if alone else wrapped.no_sync():
             with autocast:
                 loss = task.loss(wrapped, batch, args, data) / len(window)
             loss.backward()
-        losses.append(loss.detach())
-    return losses
+        shares.append(loss.detach())
+    return shares
+
+
+def agree(shares, norm, stop, world):
+    """One decision for all ranks -> own loss, mean loss, a fault on any rank?, a signal on any rank?"""
+    # .tolist() is the only wait for the device in a step
+    *shares, norm = torch.stack([*shares, norm]).tolist()
+    loss = sum(shares)
+    fault = not math.isfinite(loss + norm)
+    total, faults, signals = world.sum([loss, fault, stop.signal is not None])
+    return loss, total / world.size, faults > 0, signals > 0
 
 
 def make_loaders(args, data, plan, world):
@@ -287,7 +293,8 @@ def parse(argv):
     task, saved, argv = find_task(argv)
     if task is None:  # the default run
         task = "pretrain"
-        default = [flags for name, flags in DEFAULT_RUN.items() if name not in argv]
+        given = {word.split("=")[0] for word in argv}
+        default = [flags for name, flags in DEFAULT_RUN.items() if name not in given]
         argv = shlex.split(" ".join(default)) + argv
 
     # the flags of the run that goes on, then those given now
@@ -341,9 +348,8 @@ def start(args):
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise
-        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack of "
-                         f"memory; "
-                         "continue with --resume and fewer --workers") from None
+        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack "
+                         "of memory; continue with --resume and fewer --workers") from None
     finally:
         world.close()
 

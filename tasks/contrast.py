@@ -33,8 +33,7 @@ def open_data(args, world):
     val_indices = found.val_indices
     if len(val_indices) < 2 * world.size:
         raise ValueError(f"the validation set has {len(val_indices)} images for {world.size} processes, but each "
-                         f"needs "
-                         "two, to compare them; add images")
+                         "needs two, to compare them; add images")
     if args.val_images is None:  # folders are sorted by class, but images are compared within a batch
         val_indices = first_of_shuffle(len(found.val), len(found.val))
     transform = augmentation(args.augment, args.img_size, found.mean, found.std, args.crop_ratio)

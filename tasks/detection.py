@@ -51,13 +51,11 @@ def complete(args):
     coco.need_pycocotools()  # now, not after the first epoch
     if args.img_size and len(set(args.img_size)) > 1:
         raise ValueError(f"--img-size {' '.join(map(str, args.img_size))} must be one number for --task detect: "
-                         f"images "
-                         "are padded to a square")
+                         "images are padded to a square")
     complete_dense(args, "quarters", img_size=[128], patch_size=8)
     if (args.init_options.get("rel_pos_bias")) and args.no_rel_pos:
         raise ValueError(f"--init {args.init} has a relative position bias, which --no-rel-pos has no place for; "
-                         f"drop "
-                         "that flag")
+                         "drop that flag")
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.1, 2.0]
 

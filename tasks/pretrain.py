@@ -1,8 +1,8 @@
 """Pre-training: hide patches of an image and learn to predict them. Methods: MAE, MIRL, MixMIM.
 
-The objectives are in mae.py, mirl.py and mixmim.py: modules that take images and return .loss. A new one is
-one line in METHODS, with a `pictures` method. Options of a method are arguments of its constructor, so an
-option that a method does not have is refused, not ignored.
+The objectives are in mae.py, mirl.py and mixmim.py: modules that take (images, mask ratio, noise) and return
+.loss, with a `pictures` method. A new one is one line in METHODS; what it needs besides goes into `complete`.
+Options of a method are arguments of its constructor: one that it does not have is refused, not ignored.
 """
 
 import base64
@@ -43,7 +43,8 @@ def add_flags(flag):
          help="mixmim, an ablation: reconstruct one image of each mixture")
     flag("--open-attention", dest="masked_attention", action="store_false", default=None,
          help="mixmim, an ablation: attend across the two images")
-    flag("--mask-per-cycle", action="store_true", default=None, help="mixmim: a mask per pair, not per batch")
+    flag("--mask-per-cycle", action="store_true", default=None,
+         help="mixmim: a mask per cycle of partners, not per batch")
     flag("--then-probe", action="store_true", help="then probe the features, and those of the untrained encoder")
     encoders.encoder_flags(flag, init=False)
     sources.image_flags(flag)
@@ -65,10 +66,10 @@ def complete(args):
     if args.mask_ratio is None:
         args.mask_ratio = 0.5 if mixmim else 0.75
     if mixmim:
-        mix_mask(torch.zeros(num_places(args)), args.mask_ratio)  # raises where nothing or everything would be hidden
+        mix_mask(torch.zeros(num_patches(args)), args.mask_ratio)  # raises where nothing or everything would be hidden
         check_mixing(args)
     else:
-        num_visible(num_places(args), args.mask_ratio)
+        num_visible(num_patches(args), args.mask_ratio)
 
     # the decoders, and whether the method takes its options
     two_thirds = 32 * round(encoder.num_features * 2 / 3 / 32)
@@ -90,7 +91,7 @@ def method_options(args):
     return encoders.options_for(METHODS[args.method], args, OPTIONS, kinds, FLAGS.items())
 
 
-def num_places(args):
+def num_patches(args):
     """Patches of an image; of a hierarchical encoder those of its last stage."""
     return math.prod(side // args.stride for side in args.img_size)
 
@@ -109,14 +110,13 @@ def open_data(args, world):
     needed = 2 if args.method == "mixmim" and args.fill != "mask" else 1
     if found.val is not None and len(found.val_indices) < needed * world.size:
         raise ValueError(f"the validation set has {len(found.val_indices)} images for {world.size} processes, but "
-                         f"each "
-                         "needs two, to mix them; add images or leave the set out")
+                         f"each needs {needed}; add images or leave the set out")
     transform = augmentation(args.augment, args.img_size, found.mean, found.std, args.crop_ratio)
-    train = Images(found.train, transform, args.seed, found.indices, num_places(args))
+    train = Images(found.train, transform, args.seed, found.indices, num_patches(args))
     val = None
     if found.val is not None:
         plain = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
-        val = Images(found.val, plain, args.seed, found.val_indices, num_places(args))
+        val = Images(found.val, plain, args.seed, found.val_indices, num_patches(args))
     return Data(train, val, list(found.train.classes), found.mean, found.std, smallest=needed)
 
 
@@ -147,13 +147,13 @@ def evaluate(model, loader, args, data, world):
     return {"val_loss": total / count, "baseline": baseline / count}
 
 
-def save_picture(folder, model, args, data, rows=6, behind=8):
+def save_picture(folder, model, args, data, rows=6, spacing=8):
     """Reconstructions of images from all over the validation set.
 
-    Of rows x behind images every `behind`-th is drawn; all of them center MIRL's residual.
+    Of rows x spacing images one of every `spacing` is drawn; all of them center MIRL's residual.
     """
     source = data.val or data.train
-    images, _, noise = default_collate(pictures.spread(source, rows * behind))
+    images, _, noise = default_collate(pictures.spread(source, rows * spacing))
     device = next(model.parameters()).device
     columns = reconstructions(model, images.to(device), args, data.mean, data.std, noise.to(device))
     every = max(1, len(images) // rows)
@@ -174,7 +174,7 @@ def predict(model, images, args, classes):
     batch = torch.stack(images)
     if len(batch) == 1:  # MixMIM and MIRL's centering need a second image; a mirrored copy serves
         batch = torch.cat([batch, batch.flip(-1)])
-    noise = torch.rand(num_places(args), generator=torch.Generator().manual_seed(0))  # the same mask for all
+    noise = torch.rand(num_patches(args), generator=torch.Generator().manual_seed(0))  # the same mask for all
     noise = noise.to(batch.device).expand(len(batch), -1)
     columns = reconstructions(model, batch, args, args.mean, args.std, noise)
     results = []

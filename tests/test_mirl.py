@@ -369,9 +369,25 @@ def test_any_number_of_channels_and_any_rectangle_work(channels, size):
     assert model.reconstruct(imgs)[0].sum.shape == imgs.shape
 
 
+def test_raw_pixels_give_the_loss_computed_by_hand():
+    model = tiny(norm_pix_loss=False)
+    with torch.no_grad():
+        for decoder in model.decoders:  # every segment predicts 0.25 everywhere
+            decoder.pred.parametrizations.weight.original0.zero_()
+            decoder.pred.bias.fill_(0.25)
+    imgs = torch.full((2, 3, 16, 24), 2.0)
+    out = model(imgs, noise=noise(2))
+    assert out.loss.item() == pytest.approx((0.25 + 0.25 - 2) ** 2)  # main + residual - pixel
+    assert [pair.item() for pair in out.pairs] == pytest.approx([2.25, 2.25])
+    # normalized, a flat patch is 0
+    model.norm_pix_loss = True
+    assert model(imgs, noise=noise(2)).loss.item() == pytest.approx(0.25)
+
+
 # ---------------------------------------------------------------------------- learning
 
 
+@pytest.mark.slow
 def test_it_overfits_a_few_images():
     torch.manual_seed(0)
     model = MIRL(

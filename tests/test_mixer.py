@@ -339,6 +339,7 @@ def test_an_exported_classifier_agrees_at_any_batch_size():
         close(program.module()(images(batch=batch)), model(images(batch=batch)))
 
 
+@pytest.mark.slow
 def test_a_compiled_model_agrees_in_values_and_gradients():
     model = tiny(depth=1)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")

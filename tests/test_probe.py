@@ -4,7 +4,8 @@ import json
 
 import pytest
 import torch
-from small_runs import MIXMIM, PROBE, VIT, assert_same_run, built, checkpoint, killed, log, start, weights
+from PIL import Image
+from small_runs import MIXMIM, PROBE, VIT, assert_same_run, built, checkpoint, killed, log, refused, start, weights
 from tasks import load_run
 
 SIZES = "--data-size 64 --batch-size 32 --epochs 5"
@@ -80,3 +81,22 @@ def test_a_probed_run_predicts_classes_for_single_images(probed):
     run = load_run(probed)
     (prediction,) = run.predict([torch.zeros(3, 40, 30, dtype=torch.uint8)])
     assert json.dumps(prediction)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (f"--task probe {VIT} --data-size 5", ("5 samples", "10")),
+    (f"--task probe {VIT} --penalties", ("--penalties",)),
+    (f"--task probe {VIT} --penalties 0", ("--penalties", "0")),
+])
+def test_what_no_classifier_can_be_fitted_to_is_one_sentence(tmp_path, capsys, flags, words):
+    error = refused(flags, capsys, before_training=False)
+    assert all(word in error for word in words)
+
+
+def test_a_folder_of_one_class_is_one_sentence(tmp_path, capsys):
+    for part in ("train", "val"):
+        (tmp_path / part / "cat").mkdir(parents=True)
+        for i in range(4):
+            Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(tmp_path / part / "cat" / f"{i}.png")
+    error = refused(f"--task probe {VIT} --data folder --data-path {tmp_path}", capsys, before_training=False)
+    assert "two classes" in error

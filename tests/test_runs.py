@@ -174,7 +174,8 @@ def test_evaluation_may_be_on_part_of_the_validation_set(tmp_path):
 # ---------------------------------------------------------------------------- interrupted and resumed
 
 # 8 steps an epoch and a save after each: saves 1 to 8 are steps, 9 is the end of epoch 1, 18 the end of the run.
-KILLS = [(3, True), (8, True), (9, False), (9, True), (13, True), (17, True), (18, False)]
+KILLS = [(3, True), (9, False), (18, False)]
+KILLS += [pytest.param(*kill, marks=pytest.mark.slow) for kill in [(8, True), (9, True), (13, True), (17, True)]]
 
 
 @pytest.mark.parametrize("number, after", KILLS)
@@ -195,11 +196,11 @@ def test_a_run_killed_anywhere_and_resumed_ends_with_the_same_bits(
     "flags, number, workers",
     [
         (f"{MIXED} --accum 3", 2, 0),
-        (f"{SAM} --accum 3", 3, 0),
         (f"{SAM} --base-optimizer sgd", 5, 2),
-        (f"{MIXMIM} --accum 3", 3, 2),
-        (f"--task pretrain --method mae {TINY} --accum 3", 5, 2),
-        (MIXED, 5, 2),
+        pytest.param(f"{SAM} --accum 3", 3, 0, marks=pytest.mark.slow),
+        pytest.param(f"{MIXMIM} --accum 3", 3, 2, marks=pytest.mark.slow),
+        pytest.param(f"--task pretrain --method mae {TINY} --accum 3", 5, 2, marks=pytest.mark.slow),
+        pytest.param(MIXED, 5, 2, marks=pytest.mark.slow),
     ],
 )
 def test_accumulation_and_workers_resume_to_the_same_bits(tmp_path, finished, monkeypatch, flags, number, workers):
@@ -261,6 +262,7 @@ def test_sigterm_to_a_subprocess_saves_and_exits_143(tmp_path):
     assert run.returncode == 143 and err == "" and CONTINUED(tmp_path / "run") in out
 
 
+@pytest.mark.slow
 def test_a_default_run_killed_while_it_pretrains_goes_on_to_its_probes(tmp_path, default_run, monkeypatch):
     killed(monkeypatch, 1, DEFAULT, tmp_path)
     assert not (tmp_path / "probe").exists()
@@ -299,7 +301,7 @@ def test_resume_in_an_empty_folder_starts_afresh(tmp_path, pretrained):
     assert_same_run(tmp_path, pretrained)
 
 
-@pytest.mark.parametrize("flags", [PRETRAIN, MIXED], ids=["pretrain", "mixed"])
+@pytest.mark.parametrize("flags", [pytest.param(PRETRAIN, marks=pytest.mark.slow), MIXED], ids=["pretrain", "mixed"])
 def test_the_number_of_workers_changes_nothing(tmp_path, finished, flags):
     start(f"{flags} --workers 2", tmp_path)
     assert_same_run(tmp_path, finished(flags))

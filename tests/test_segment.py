@@ -333,7 +333,8 @@ def test_bfloat16_gives_logits_in_float32_near_the_exact_ones():
     assert (out.logits - model(images)).abs().mean() < 0.05
 
 
-def test_two_scenes_are_learnt_by_heart():
+@pytest.mark.slow
+def test_it_overfits_two_scenes():
     images, labels = scenes(2, 32)
     model = UperNet(vit(img_size=32, patch_size=4), 11, channels=24, aux_channels=16, norm="batch", dropout=0.0)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
@@ -479,6 +480,7 @@ def two_process_job():
         assert os.waitpid(child, 0)[1] == 0
 
 
+@pytest.mark.slow
 def test_two_processes_measure_what_one_measures_and_train_together(tmp_path):
     (tmp_path / "job.py").write_text(
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]\n"

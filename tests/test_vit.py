@@ -53,7 +53,12 @@ def test_every_preset_builds_on_the_meta_device_with_every_option(name, options)
     assert {p.device.type for p in model.parameters()} == {"meta"}
 
 
-@pytest.mark.parametrize("name", PRESETS)
+LARGE = {"vit_s54", "vit_b24", "vit_b48", "vit_l16", "vit_h14"}  # seconds each
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LARGE else ()) for name in PRESETS]
+)
 def test_every_preset_runs_on_the_meta_device(name):
     with torch.device("meta"):
         model = create_vit(name, rel_pos_bias="block")

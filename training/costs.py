@@ -126,7 +126,6 @@ def check_installation():
     try:
         kept = torchvision.ops.nms(boxes, torch.tensor([0.9, 0.8]), 0.5)
     except RuntimeError as error:
-        raise ValueError(f"torchvision does not fit torch ({str(error).splitlines()[0]}); install both in one "
-                         f"command "
-                         "from the same index: pip install --force-reinstall torch torchvision") from None
+        raise ValueError(f"torchvision does not fit torch ({str(error).splitlines()[0]}); install both in "
+                         "one command from the same index: pip install --force-reinstall torch torchvision") from None
     print(f"torchvision.ops.nms works ({len(kept)} of 2 overlapping boxes kept)")

@@ -1,8 +1,8 @@
 """Optim: the plan of steps, the learning rate, which weights decay, and the papers' optimizers by name.
 
     lr = blr * effective batch / 256                                    linear scaling rule
-    lr(s) = lr s / warmup, then half a cosine (or a line) to min_lr     (1)
-    lr of layer l of L = lr * layer_decay^(L - l)                       (2)   the head learns fastest
+    lr(s) = lr * s / warmup, then half a cosine (or a line) to min_lr   (1)   s: step; step 0 has rate 0
+    lr of layer l = lr(s) * layer_decay^(L - l)                         (2)   L = depth + 1, the head: fastest
     average <- average + (1 - d) (weights - average)                    (3)   d = min(decay, (1 + s) / (10 + s))
 
 Needs: torch; sam.py.
@@ -45,7 +45,9 @@ def optimizer_flags(flag):
 def complete(args, defaults):
     """Refuse flags of another optimizer, then fill in the task's defaults that apply, and SAM's."""
     defaults = dict(defaults)
-    base = args.base_optimizer or "adamw" if args.optimizer == "sam" else args.optimizer
+    base = args.optimizer
+    if args.optimizer == "sam":
+        base = args.base_optimizer or "adamw"
     for name, optimizer in USED_BY.items():
         if optimizer not in (args.optimizer, base):
             defaults.pop(name, None)
@@ -80,8 +82,7 @@ def plan_steps(args, images, processes):
     batches = images // (args.batch_size * processes)
     if batches == 0:
         raise ValueError(f"--batch-size {args.batch_size} x {processes} processes is larger than the {images} "
-                         f"training "
-                         f"images; use at most {images // processes}")
+                         f"training images; use at most {images // processes}")
     if args.accum > batches:
         raise ValueError(f"--accum {args.accum} is larger than the {batches} batches of an epoch")
     steps = math.ceil(batches / args.accum)
@@ -92,7 +93,7 @@ def plan_steps(args, images, processes):
 
 
 def lr_at(step, plan, args):
-    """(1)"""
+    """(1), the learning rate of a step; of step -1, where there is none, that after warm-up."""
     if 0 <= step < plan.warmup:
         return plan.lr * step / plan.warmup
     done = (step - plan.warmup) / max(1, plan.total_steps - plan.warmup)
@@ -118,7 +119,7 @@ def layer_number(name, depths):
 
 
 def without_decay(name, param, task):
-    """Biases and norms. Pre-training decays tokens and tables, as the official codes do; fine-tuning spares them."""
+    """Biases and norms. Pre-training decays tokens and tables, as in the official code; fine-tuning does not."""
     if param.ndim <= 1 or name.endswith(".bias"):
         return True
     if task in ("detect", "segment"):
@@ -165,7 +166,7 @@ def check_state(optimizer, state):
         for name, value in entries.items():
             if not isinstance(value, torch.Tensor):
                 continue
-            fits = value.numel() == 1 or value.shape == params[index].shape and 0 not in value.stride()
+            fits = value.numel() == 1 or (value.shape == params[index].shape and 0 not in value.stride())
             if not fits or value.layout != torch.strided or not value.isfinite().all():
                 raise ValueError(f"{name} of parameter {index} has another shape or is not finite")
 
@@ -186,7 +187,7 @@ def batch_statistics(model):
 
 
 def ema_update(decay):
-    """(3), a window that grows with the run, as MIRL fine-tunes."""
+    """(3): the decay grows with the step, as in MIRL's fine-tuning."""
 
     def update(averaged, current, step):
         d = min(decay, (1 + int(step)) / (10 + int(step)))

@@ -28,7 +28,7 @@ from checkpoints import read_checkpoint
 from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
-FREE = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when a run is resumed
+MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when a run is resumed
 
 
 # ---------------------------------------------------------------------------- flags of an earlier run
@@ -50,18 +50,16 @@ def saved_flags(folder):
             return {}
     if not isinstance(flags, dict) or not isinstance(flags.get("init_options"), dict | None):
         raise ValueError(f"{path} does not hold the flags of a run; remove it if checkpoint.pt is there, or start "
-                         f"anew "
-                         "in another folder")
+                         "a run in another folder")
     return flags
 
 
 def same_flags(args, saved, source="the run's own"):
     """ValueError where a flag contradicts the run that goes on."""
     for name, value in vars(args).items():
-        if name in saved and name not in FREE and value != saved[name]:
+        if name in saved and name not in MAY_DIFFER and value != saved[name]:
             raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or "
-                             f"start a "
-                             "new run")
+                             "start a new run")
 
 
 def check_folder(args, world):
@@ -76,8 +74,8 @@ def check_folder(args, world):
     except OSError as error:
         raise ValueError(f"--output-dir {str(folder)[:80]} cannot be used: {error.strerror}") from None
     if taken and not args.resume:
-        raise ValueError(f"--output-dir {folder} already holds a run ({taken[0]}); choose another folder or add "
-                         f"--resume")
+        raise ValueError(f"--output-dir {folder} already holds a run ({taken[0]}); choose another folder or "
+                         "add --resume")
     if args.resume and not taken:
         world.say(f"no run in {folder} yet: this one starts there")
     world.gather(None)  # no rank creates it before every rank has looked
@@ -90,7 +88,7 @@ class Run:
     """The folder of one run: args.json, log.jsonl, checkpoint.pt. Only rank 0 writes.
 
     folder  None: the next free number under runs/, taken when the run starts
-    hint    what --resume should name; the folder of the whole run where this is a part of it
+    hint    the folder that a message names for --resume: that of the whole run, where this is a part of it
     """
 
     def __init__(self, args, world, folder=None, hint=None):
@@ -203,8 +201,7 @@ class Run:
             if "DataLoader" in str(error):
                 raise
             raise SystemExit(f"train.py: cannot write {self.folder / name} ({str(error).splitlines()[0]}); the "
-                             f"previous "
-                             "checkpoint is untouched, free some space and continue with --resume") from None
+                             "previous checkpoint is untouched: free space and continue with --resume") from None
 
     def __enter__(self):
         return self
@@ -215,8 +212,9 @@ class Run:
 
     def finish(self, at):
         if at.bad_in_a_row:
-            raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last good "
-                             "checkpoint stays, try a smaller --lr, more --warmup-epochs or --clip-grad 1")
+            raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last "
+                             "checkpoint, if any, is from before them; start a new run with a smaller --lr, more "
+                             "--warmup-epochs or --clip-grad 1")
         self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it
 
     # what it says
@@ -241,8 +239,8 @@ class Run:
                        f"({at.bad_steps} so far)")
         if gives_up:
             raise SystemExit(f"train.py: the loss was not finite several times in a row, last at step {at.step} "
-                             f"with lr "
-                             f"{lr:.3g}; try a smaller --lr, more --warmup-epochs or --clip-grad 1")
+                             f"with lr {lr:.3g}; start a new run with a smaller --lr, more --warmup-epochs or "
+                             "--clip-grad 1")
 
     def report_epoch(self, at):
         epoch, share = at.line["epoch"], at.line["data_share"]

@@ -59,8 +59,7 @@ def complete(args):
     for name, sets in READ_BY.items():
         if getattr(args, name, None) is not None and args.data not in sets:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --data {' or '.join(sets)}, not to "
-                             f"{args.data}; drop "
-                             "it or name the set")
+                             f"{args.data}; drop it or name the set")
     if getattr(args, "mean_std", None) is not None:
         mean, std = args.mean_std
         if not (0 <= mean <= 1 and 0 < std <= 1):

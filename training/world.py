@@ -107,8 +107,7 @@ def from_environment(name, default, least=0, below=2**31):
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or not least <= int(text) < below:
         raise ValueError(f"the environment variable {name} is {text!r}, not a number from {least} to {below - 1}; "
-                         f"torchrun "
-                         f"sets it, for one process unset {name}")
+                         f"torchrun sets it, for one process unset {name}")
     return int(text)
 
 
