@@ -19,6 +19,7 @@ index), dropout of (seed, step, rank), and model, optimizer and position are sav
 Needs: torch, torchvision, einops, tqdm; the other files here.
 """
 
+import functools
 import itertools
 import math
 import os
@@ -35,9 +36,9 @@ from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
-from training.flags import Parser, between, count, path, positive, refuse
+from training.flags import Parser, path, refuse
 from training.optim import lr_at, plan_steps
-from training.runs import Run, check_folder, same_flags, saved_flags, summary
+from training.runs import Run, check_folder, run_flags, same_flags, saved_flags, summary
 from training.world import Stop, World
 
 TASKS = {"pretrain": pretrain, "classify": classify, "probe": probe, "contrast": contrast, "detect": detection,
@@ -107,16 +108,18 @@ def fit(args, task, world, run, stop):
             window = [world.move(batch) for batch in itertools.islice(stream, args.accum)]
             waited += time.monotonic() - start
 
-            # loss and gradient; SAM calls this twice, the others once
+            # loss and gradient of some of the micro-batches, usually all; SAM calls this twice, the others once
+            groups = [[batch] for batch in window] if sam and args.split_climb else [window]
             pass_losses, bad, stopped = [], False, False
 
-            def closure():
+            def closure(batches=window, number=0):
                 nonlocal bad, stopped
-                torch.manual_seed((args.seed * 1_000_003 + at.step) * 1_009 + world.rank)  # SAM: equal dropout twice
+                seed = (args.seed * 1_000_003 + at.step) * 1_009 + world.rank + number * 2**40
+                torch.manual_seed(seed)  # SAM: equal dropout in both passes
                 optimizer.zero_grad()
-                shares = backward(window, wrapped, task, args, data, world, autocast)
-                climbs = sam and not pass_losses  # only the direction of this gradient counts
-                norm = optim.clip_gradients(learner, None if climbs else args.clip_grad)
+                shares = backward(batches, len(window), wrapped, task, args, data, world, autocast)
+                last = not sam or len(pass_losses) == 2 * len(groups) - 1  # only this gradient is stepped with
+                norm = optim.clip_gradients(learner, args.clip_grad if last else None)
                 loss, mean_loss, fault, stopped = agree(shares, norm, stop, world)
                 pass_losses.append(mean_loss)
                 bad = bad or fault
@@ -126,8 +129,13 @@ def fit(args, task, world, run, stop):
 
             # step; SAM climbs with each rank's own gradient, and averages the second one only
             before = [buffer.clone() for buffer in statistics]
-            optimizer.step(closure, **(dict(model=wrapped) if sam else {}))
-            bad = bad or (sam and optimizer.last["skipped"])
+            if sam:
+                closures = [functools.partial(closure, group, number) for number, group in enumerate(groups)]
+                optimizer.step(closures, model=wrapped, split=bool(args.split_climb))
+                bad = bad or optimizer.last["skipped"]
+            else:
+                optimizer.step(closure)
+            loss, climbed = sum(pass_losses[::2]), sum(pass_losses[1::2])
             at.step += 1
             images += len(window) * plan.batch_size * world.size
             at.bad_in_a_row = at.bad_in_a_row + 1 if bad else 0
@@ -137,7 +145,7 @@ def fit(args, task, world, run, stop):
                     buffer.copy_(value)
                 run.report_bad_step(at, lr, gives_up=at.bad_in_a_row == MAX_BAD_STEPS)
             else:
-                at.loss_sum += pass_losses[0]
+                at.loss_sum += loss
                 at.loss_count += 1
                 if ema:
                     ema.update_parameters(learner)
@@ -145,9 +153,9 @@ def fit(args, task, world, run, stop):
             # log, and once in a while save: each rank asks its own clock, but only rank 0 writes
             if at.step % LOG_EVERY == 0:
                 speed = images / (time.monotonic() - clock)
-                climbed = dict(loss_climbed=pass_losses[-1], grad_norm=optimizer.last["grad_norm"]) if sam else {}
-                run.log(step=at.step, loss=pass_losses[0], lr=lr, img_s=speed, **climbed)
-                bar.set_postfix_str(f"loss {pass_losses[0]:.3f}, lr {lr:.1e}")
+                more = dict(loss_climbed=climbed, grad_norm=optimizer.last["grad_norm"]) if sam else {}
+                run.log(step=at.step, loss=loss, lr=lr, img_s=speed, **more)
+                bar.set_postfix_str(f"loss {loss:.3f}, lr {lr:.1e}")
             if not bad and (stopped or run.save_is_due()):
                 run.save(at, epoch)
             if stopped:
@@ -155,16 +163,10 @@ def fit(args, task, world, run, stop):
 
         # evaluate, log, picture, save
         seconds = time.monotonic() - clock
-        at.line = dict(
-            epoch=epoch + 1,
-            step=at.step,
-            train_loss=at.loss_sum / at.loss_count if at.loss_count else math.nan,
-            lr=lr_at(at.step - 1, plan, args),  # not `lr`: an epoch may have no steps left
-            img_s=images / seconds,
-            data_share=waited / seconds,
-            bad_steps=at.bad_steps,
-            **sources.skipped_images(data),
-        )
+        train_loss = at.loss_sum / at.loss_count if at.loss_count else math.nan
+        lr = lr_at(at.step - 1, plan, args)  # again: an epoch may have no steps left
+        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=train_loss, lr=lr, img_s=images / seconds,
+                       data_share=waited / seconds, bad_steps=at.bad_steps, **sources.skipped_images(data))
         data.final = epoch + 1 == args.epochs
         with evaluating(judged):
             if val_loader is not None and (data.final or (epoch + 1) % args.eval_every == 0):
@@ -183,15 +185,15 @@ def fit(args, task, world, run, stop):
     return at.line
 
 
-def backward(window, wrapped, task, args, data, world, autocast):
-    """Gradients of the mean loss over a window of micro-batches -> the share of each in that loss."""
+def backward(batches, count, wrapped, task, args, data, world, autocast):
+    """Gradients of the mean loss over `count` micro-batches, of which these are some -> the share of each."""
     shares = []
-    for n, batch in enumerate(window, start=1):
+    for n, batch in enumerate(batches, start=1):
         # DDP averages the gradients in the last backward pass only; in SAM's first pass never (sam.passes)
-        alone = world.size == 1 or n == len(window)
+        alone = world.size == 1 or n == len(batches)
         with nullcontext() if alone else wrapped.no_sync():
             with autocast:
-                loss = task.loss(wrapped, batch, args, data) / len(window)
+                loss = task.loss(wrapped, batch, args, data) / count
             loss.backward()
         shares.append(loss.detach())
     return shares
@@ -240,21 +242,6 @@ def parser_for(task):
     run_flags(parser.group("the run"))
     parser.show_defaults(module.DEFAULTS)
     return parser
-
-
-def run_flags(flag):
-    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under "
-                                                        "runs/)")
-    flag("--resume", action="store_true", help="continue the run in --output-dir")
-    flag("--seed", type=between(0, 2**32, int), default=0)
-    flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
-    flag("--save-minutes", type=between(0, math.inf), default=10.0, help="save this often, besides every epoch")
-    flag("--workers", type=between(0, 1000, int), help="loading processes (default: up to 8 on a GPU, else 0)")
-    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
-    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
-    flag("--compile", action="store_true", help="torch.compile")
-    flag("--dry-run", action="store_true", help="print sizes and costs, train nothing, need no data")
-    flag("--tflops", type=positive, default=100.0, help="device speed that --dry-run assumes")
 
 
 def find_task(argv):

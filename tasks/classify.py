@@ -24,6 +24,8 @@ DEFAULTS = dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, beta2=0.999, la
 
 def add_flags(flag):
     add_tuning_flags(flag)
+    flag("--tune-last", type=between(0, 1000, int), metavar="N",
+         help="train the last N blocks, the last norm and the head only (default: all)")
     flag("--label-smoothing", type=between(0, 1))
     flag("--mixup", type=between(0, 100), help="alpha, 0 is off")
     flag("--cutmix", type=between(0, 100), help="alpha, 0 is off; with both, one of them per batch")
@@ -43,7 +45,10 @@ def add_tuning_flags(flag, augment="padcrop up to 64 px, else inception"):
 
 
 def complete(args):
-    complete_encoder(args)
+    blocks = complete_encoder(args)
+    if args.tune_last is not None and (not blocks or args.tune_last > len(blocks)):
+        raise ValueError(f"--tune-last {args.tune_last} does not fit {args.model}, which has {len(blocks)} transformer "
+                         "or Mixer blocks; drop it or use at most as many")
     if args.attack_eps is not None and not (args.adversarial or args.eval_pgd):
         raise ValueError(f"--attack-eps {args.attack_eps:g} acts with --adversarial or --eval-pgd only; drop it")
     if args.adversarial or args.eval_pgd:
@@ -61,8 +66,9 @@ def complete_encoder(args):
         args.pool = args.pool or "mean"
     if args.pool == "cls" and args.class_token is False:
         raise ValueError("--pool cls needs a class token, which this encoder does without; take --pool mean")
-    encoders.complete(args)
+    encoder = encoders.complete(args)
     args.augment = args.augment or ("padcrop" if max(args.img_size) <= 64 else "inception")
+    return encoders.blocks_of(encoder)
 
 
 def open_data(args, world):
@@ -79,7 +85,18 @@ def build(args, data, world):
     encoder.reset_classifier(len(data.classes))
     if args.init:
         nn.init.trunc_normal_(encoder.head.weight, std=2e-5)
+    if args.tune_last is not None:
+        freeze(encoder, args.tune_last)
     return encoder
+
+
+def freeze(encoder, tune_last):
+    """Partial fine-tuning (MAE, He et al. 2022): all but the last blocks, the norm after them and the head."""
+    encoder.requires_grad_(False)
+    blocks = encoders.blocks_of(encoder)
+    for part in [*blocks[len(blocks) - tune_last:], encoder.norm, getattr(encoder, "fc_norm", None), encoder.head]:
+        if part is not None:
+            part.requires_grad_(True)
 
 
 def build_encoder(args, data, world):

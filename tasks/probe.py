@@ -4,7 +4,9 @@ The features of the whole set are computed once, without augmentation, and norma
 standard deviation over the training set. Then the linear layer is fitted:
 
     --style lbfgs   logistic regression at its optimum, the penalty chosen on a held-out quarter of the training set
-    --style adamw   step by step in the loop of train.py, as the linear probes of papers are
+    --style adamw   step by step in the loop of train.py
+    --style mae     as MAE probes: new crops in every epoch, normalized by the statistics of each batch, LARS; the
+                    features are computed anew in every step
 
 The checkpoint holds encoder, normalization and head: a complete classifier.
 """
@@ -25,6 +27,7 @@ from training.logistic import logistic_regression
 
 DEFAULTS = dict(style="lbfgs", batch_size=256, weight_decay=0.0)
 ITERATIVE = dict(epochs=50, blr=0.2, beta2=0.999)  # --style adamw
+PUBLISHED = dict(epochs=20, blr=4.0, augment="crop")  # --style mae; MAE: 90 epochs, blr 0.1, 16,384 images a step
 PENALTIES = [1e-5, 1e-4, 1e-3, 1e-2]  # --style lbfgs
 NEUTRAL = dict(epochs=(None, 1), accum=(1,), optimizer=("adamw",), blr=(None,), lr=(None,), warmup_epochs=(None,),
                clip_grad=(None,), ema=(None,), beta2=(None,))  # what L-BFGS has no use for
@@ -34,18 +37,25 @@ SAME_AS_PRETRAINING = (  # the flags that the default run hands on
 
 
 def add_flags(flag):
-    flag("--style", choices=("lbfgs", "adamw"), help="how the head is fitted")
+    flag("--style", choices=("lbfgs", "adamw", "mae"), help="how the head is fitted")
     flag("--penalties", type=positive, nargs="+", help="lbfgs: to choose from (default: 1e-5 1e-4 1e-3 1e-2)")
-    flag("--pool", choices=("mean", "cls"), help="ViT: which features (default: mean)")
+    flag("--pool", choices=("mean", "cls"), help="ViT: which features (default: mean; --style mae: cls)")
     encoders.encoder_flags(flag)
     sources.image_flags(flag)
+    sources.augment_flag(flag, "--style mae: crop, else none")
 
 
 def complete(args):
     encoders.inherit(args)
-    if encoders.is_vit(args):
-        args.pool = args.pool or "mean"
+    published = args.style == "mae"
+    if encoders.is_vit(args) and args.pool is None:
+        args.pool = "cls" if published and args.class_token is not False else "mean"
     encoders.complete(args)
+    if published and args.model.startswith("resnet"):
+        raise ValueError(f"--style mae trains in batches, in which the BatchNorm of {args.model} would move; take another "
+                         "style")
+    if not published and args.augment not in (None, "none"):
+        raise ValueError(f"--augment {args.augment} acts with --style mae only: the others compute features once")
     if args.style == "lbfgs":
         for name, values in NEUTRAL.items():
             if getattr(args, name) not in values:
@@ -56,21 +66,26 @@ def complete(args):
         return
     if args.penalties is not None:
         raise ValueError("--penalties acts with --style lbfgs only; drop it")
-    for name, value in ITERATIVE.items():
-        if getattr(args, name) is None and not (name == "blr" and args.lr is not None):
+    for name, value in (PUBLISHED if published else ITERATIVE).items():
+        unused = name == "blr" and args.lr is not None or name == "beta2" and args.optimizer != "adamw"
+        if getattr(args, name) is None and not unused:
             setattr(args, name, value)
 
 
 def open_data(args, world):
     found = sources.open_images(args, world)
-    transform = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
+    plain = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
+    transform = augmentation(args.augment or "none", args.img_size, found.mean, found.std, args.crop_ratio)
     train = Images(found.train, transform, args.seed, found.indices)
-    val = Images(found.val, transform, args.seed, found.val_indices)
-    return Data(train, val, list(found.train.classes), found.mean, found.std, learner=lambda model: model.head[1])
+    val = Images(found.val, plain, args.seed, found.val_indices)
+    data = Data(train, val, list(found.train.classes), found.mean, found.std)
+    if args.style != "mae":
+        data.learner = lambda model: model.head[1]
+    return data
 
 
 def build(args, data, world):
-    """The frozen encoder and a head; the sets in `data` become sets of features."""
+    """The frozen encoder and a head; the sets in `data` become sets of features, except for --style mae."""
     encoder = classify.build_encoder(args, data, world).requires_grad_(False)
     encoder.reset_classifier(len(data.classes))
     head = nn.Linear(encoder.num_features, len(data.classes))
@@ -79,7 +94,7 @@ def build(args, data, world):
     encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.num_features, affine=False, eps=1e-6), head)
     if data.weights:
         encoder.load_state_dict(data.weights)
-    if data.train is None:  # nothing is trained
+    if data.train is None or args.style == "mae":
         return encoder
     if len(data.train) < 2:
         raise ValueError("one training image has no standard deviation to normalize by; use more --train-images")
@@ -153,4 +168,5 @@ def loss(model, batch, args, data):
 
 
 def save_picture(folder, model, args, data):
-    classify.save_picture(folder, model, args, replace(data, val=data.val.images))
+    images = data.val.images if isinstance(data.val, Features) else data.val
+    classify.save_picture(folder, model, args, replace(data, val=images))

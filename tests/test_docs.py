@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -199,3 +201,9 @@ def test_every_paper_that_the_code_names_is_cited():
     cited = set(re.findall(r"eprint = \{(\d{4}\.\d{4,5})\}", (ROOT / "CITATIONS.bib").read_text()))
     for path in [*ROOT.glob("*.py"), *PAGES]:
         assert set(re.findall(r"\b\d{4}\.\d{5}\b", path.read_text())) <= cited, path.name
+
+
+def test_the_tables_of_flags_are_those_of_the_parsers():
+    done = subprocess.run([sys.executable, "-c", "import flags; print(flags.page() == flags.PAGE.read_text())"],
+                          cwd=ROOT / "docs", capture_output=True, text=True)
+    assert done.stdout == "True\n", f"run python docs/flags.py {done.stderr}"

@@ -336,3 +336,27 @@ def test_a_weight_average_is_evaluated_and_saved_beside_the_weights(finished):
     assert "ema" in checkpoint(averaged) and "ema" not in checkpoint(plain)
     assert_same_bits(weights(averaged), weights(plain))
     assert log(averaged)[-1]["val_loss"] != log(plain)[-1]["val_loss"]
+
+
+def test_lars_steps_match_those_computed_by_hand():
+    w, b = torch.tensor([[3.0, 4.0]], requires_grad=True), torch.tensor([2.0], requires_grad=True)
+    optimizer = optim.LARS([w, b], lr=10.0, momentum=0.5, weight_decay=0.1)
+    w.grad, b.grad = torch.tensor([[-0.3, 0.6]]), torch.tensor([0.2])
+    optimizer.step()
+    # u = g + 0.1 w = (0, 1), |w| / |u| = 5: w moves by 10 * 0.001 * 5 * (0, 1); b by 10 * 0.2, without decay
+    torch.testing.assert_close(w.detach(), torch.tensor([[3.0, 3.95]]))
+    torch.testing.assert_close(b.detach(), torch.tensor([0.0]))
+
+    w.grad, b.grad = torch.tensor([[0.7, -0.395]]), torch.tensor([0.0])
+    optimizer.step()
+    # u = (1, 0), |w| = sqrt(9 + 3.95^2) = 4.96009; momentum (0, 0.005) / 2 + 0.00496009 (1, 0); b: 0.2 / 2
+    torch.testing.assert_close(w.detach(), torch.tensor([[3 - 0.0496009, 3.95 - 0.025]]))
+    torch.testing.assert_close(b.detach(), torch.tensor([-1.0]))
+
+
+def test_lars_takes_the_gradient_itself_where_a_norm_is_zero():
+    w = torch.zeros(1, 2, requires_grad=True)
+    optimizer = optim.LARS([w], lr=1.0)
+    w.grad = torch.tensor([[1.0, 2.0]])
+    optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([[-1.0, -2.0]]))

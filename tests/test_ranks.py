@@ -19,6 +19,7 @@ JOBS = {
     "probe": f"--task probe --style adamw {FEW}",
     "resnet": "--task classify --model resnet8 --data-size 84 --epochs 1 --optimizer sam --base-optimizer sgd "
               f"{FLAT} --eval-pgd --eval-corruptions",
+    "climb": f"--task classify {FEW} --optimizer sam --base-optimizer sgd --rho 0.5",
     "contrast": f"--task contrast {FEW}",
     "detect": f"--task detect {DENSE}",
     "segment": f"--task segment --channels 16 {DENSE}",
@@ -61,6 +62,15 @@ def test_one_process_and_two_agree(two_processes, tmp_path, monkeypatch, job):
     assert single[-1]["val_loss"] == pytest.approx(double[-1]["val_loss"], abs=2e-5)
     assert single[-1].get("val_acc") == double[-1].get("val_acc")
     assert_close(weights(tmp_path), weights(two_processes[0] / job), 1e-5)
+
+
+def test_micro_batches_that_climb_on_their_own_take_the_step_of_two_processes(two_processes, tmp_path):
+    two = weights(two_processes[0] / "climb")
+    start(f"{JOBS['climb']} --batch-size 8 --accum 2 --split-climb", tmp_path / "split")
+    assert_close(weights(tmp_path / "split"), two, 1e-6)
+    start(f"{JOBS['climb']} --batch-size 8 --accum 2", tmp_path / "together")
+    together = weights(tmp_path / "together")
+    assert max((together[name] - two[name]).abs().max() for name in two) > 1e-4  # another step
 
 
 # each process has batches of its own, so the weights differ from one process's

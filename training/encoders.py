@@ -97,6 +97,15 @@ def build_encoder(args, skip=(), init_options=None):
     return kind(**{**preset, "num_classes": 0, **options})
 
 
+def blocks_of(encoder):
+    """The transformer or Mixer blocks in their order, of all stages."""
+    if isinstance(encoder, resnet.ResNet):
+        return []
+    if isinstance(encoder, hierarchical.HierarchicalViT):
+        return [block for layer in encoder.layers for block in layer.blocks]
+    return list(encoder.blocks)
+
+
 # ---------------------------------------------------------------------------- starting from a file
 
 

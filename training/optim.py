@@ -4,8 +4,10 @@
     lr(s) = lr * s / warmup, then half a cosine (or a line) to min_lr   (1)   s: step; step 0 has rate 0
     lr of layer l = lr(s) * layer_decay^(L - l)                         (2)   L = depth + 1, the head: fastest
     average <- average + (1 - d) (weights - average)                    (3)   d = min(decay, (1 + s) / (10 + s))
+    u = g + wd w;  m <- 0.9 m + q |w| / |u| u;  w <- w - lr m           (4)   LARS, per tensor; q = 0.001
 
-Needs: torch; sam.py.
+LARS: You et al. 2017, arXiv 1708.03888, in the form in which MAE's linear probe uses it: biases and norms take
+u = g. Needs: torch; sam.py.
 """
 
 import itertools
@@ -19,8 +21,38 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from sam import SAM
 from training.flags import between, count, positive
 
-OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-USED_BY = {"beta2": "adamw", "rho": "sam", "adaptive": "sam", "base_optimizer": "sam"}
+
+
+class LARS(torch.optim.Optimizer):
+    """(4): each tensor moves by a fixed share of its own length, whatever its gradient's. For large batches."""
+
+    def __init__(self, params, lr, momentum=0.9, weight_decay=0.0, trust=1e-3):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, trust=trust))
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                update = p.grad
+                if p.ndim > 1:
+                    update = update.add(p, alpha=group["weight_decay"])
+                    w_norm, u_norm = p.norm(), update.norm()
+                    ratio = group["trust"] * w_norm / u_norm
+                    update = update * torch.where((w_norm > 0) & (u_norm > 0), ratio, 1.0)
+                momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
+                momentum.mul_(group["momentum"]).add_(update)
+                p.sub_(momentum, alpha=group["lr"])
+        return loss
+
+
+OPTIMIZERS = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD, "lars": LARS}
+USED_BY = {"beta2": "adamw", "rho": "sam", "adaptive": "sam", "base_optimizer": "sam", "split_climb": "sam"}
 
 
 def optimizer_flags(flag):
@@ -35,16 +67,21 @@ def optimizer_flags(flag):
     flag("--weight-decay", type=between(0, math.inf), default=0.05, help="not on biases and norms")
     flag("--clip-grad", type=positive, help="largest gradient norm (default: off)")
     flag("--ema", type=between(0, 1), help="evaluate an average of the weights with this decay (default: off)")
-    flag("--optimizer", choices=(*OPTIMIZERS, "sam"), default="adamw", help="sam climbs first, at twice the cost")
+    flag("--optimizer", choices=(*OPTIMIZERS, "sam"),
+         help="sam climbs first, at twice the cost (default: adamw; --task probe --style mae: lars)")
     flag("--beta2", type=between(0, 1), help="adamw")
     flag("--rho", type=positive, help="sam: radius (default: 0.05, adaptive 0.5)")
     flag("--adaptive", action="store_true", default=None, help="sam: scale the radius with each weight (ASAM)")
+    flag("--split-climb", action="store_true", default=None,
+         help="sam: each of the --accum micro-batches climbs on its own, as one device of many (m-sharpness)")
     flag("--base-optimizer", choices=tuple(OPTIMIZERS), help="sam: what it steps with (default: adamw)")
 
 
 def complete(args, defaults):
     """Refuse flags of another optimizer, then fill in the task's defaults that apply, and SAM's."""
     defaults = dict(defaults)
+    if args.optimizer is None:
+        args.optimizer = "lars" if getattr(args, "style", None) == "mae" else "adamw"
     base = args.optimizer
     if args.optimizer == "sam":
         base = args.base_optimizer or "adamw"
@@ -61,6 +98,8 @@ def complete(args, defaults):
     if args.optimizer == "sam":
         args.base_optimizer = base
         args.rho = args.rho or (0.5 if args.adaptive else 0.05)
+    if args.split_climb and args.accum < 2:
+        raise ValueError(f"--split-climb needs micro-batches to split, but --accum is {args.accum}; use 2 or more")
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)

@@ -25,13 +25,28 @@ from types import SimpleNamespace
 import torch
 
 from checkpoints import read_checkpoint
+from training.flags import between, count, path, positive
 from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
 MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when a run is resumed
 
 
-# ---------------------------------------------------------------------------- flags of an earlier run
+# ---------------------------------------------------------------------------- flags, and those of an earlier run
+
+
+def run_flags(flag):
+    flag("--output-dir", type=path, metavar="DIR", help="folder of the run (default: the next free number under runs/)")
+    flag("--resume", action="store_true", help="continue the run in --output-dir")
+    flag("--seed", type=between(0, 2**32, int), default=0, help="of weights, order, augmentation and masks")
+    flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
+    flag("--save-minutes", type=between(0, math.inf), default=10.0, help="save this often, besides every epoch")
+    flag("--workers", type=between(0, 1000, int), help="loading processes (default: up to 8 on a GPU, else 0)")
+    flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
+    flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
+    flag("--compile", action="store_true", help="torch.compile")
+    flag("--dry-run", action="store_true", help="print sizes and costs, train nothing, need no data")
+    flag("--tflops", type=positive, default=100.0, help="device speed that --dry-run assumes")
 
 
 def saved_flags(folder):
