@@ -3,7 +3,7 @@
 What a detector needs around it: a data set in COCO's layout, which names a broken sample instead of training
 on it; large-scale jitter, the augmentation of the benchmark,
 
-    scale ~ U(0.1, 2);  image fitted into scale * S;  crop or pad to S x S;  flip              (1)
+    scale ~ U(0.1, 2);  image fitted into scale * S;  crop, or pad right and below, to S x S;  flip    (1)
 
 and average precision as pycocotools defines it, the mean over IoU thresholds 0.5 ... 0.95. Labels count from
 1; 0 is the background, which torchvision's detectors add. Crowds are not used in training, and neither hit
@@ -11,7 +11,7 @@ nor miss in evaluation. Predicted masks are kept run-length encoded, a few hundr
 
 Source: COCO, Lin et al. 2014, arXiv 1405.0312; large-scale jitter: Ghiasi et al. 2020, arXiv 2012.07177, with
 the range of Li et al. 2021, arXiv 2111.11429. Written from the papers.
-Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, shapes.py.
+Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, augment.py, shapes.py.
 Demo: python coco.py (10 s on a CPU) measures the truth against itself, shifted by a few pixels.
 """
 
@@ -169,25 +169,25 @@ def select(target, keep):
 
 
 class Zoom(v2.ScaleJitter):
-    """torchvision's, but the short side of a long image keeps 2 pixels: torch cannot resize to less."""
+    """torchvision's, but sides keep 2 pixels, below which torch cannot resize; then padded right and below."""
 
     def make_params(self, flat_inputs):
         height, width = super().make_params(flat_inputs)["size"]
         return dict(size=(max(2, height), max(2, width)))
 
+    def transform(self, inpt, params):
+        height, width = params["size"]
+        padding = [0, 0, max(0, self.target_size[1] - width), max(0, self.target_size[0] - height)]
+        fill = self.fill if isinstance(inpt, tv_tensors.Image) else 0
+        return v2.functional.pad(super().transform(inpt, params), padding, fill=fill)
+
 
 def large_scale_jitter(img_size, fill, scale_range=(0.1, 2.0)):
-    """(1), of torchvision's parts, on (image, masks) as tv_tensors. fill: the padding's color, 0..255 per channel.
-
-    A scene smaller than the square is placed anywhere in it; in evaluation the detector puts it at the top left.
-    """
+    """(1), of torchvision's parts, on (image, masks) as tv_tensors. fill: the padding's color, 0..255 per channel."""
     size = (img_size, img_size)
-    fill = {tv_tensors.Image: list(fill), "others": 0}
-    return v2.Compose([
-        v2.RandomHorizontalFlip(),
-        Zoom(size, scale_range, antialias=True),
-        v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-    ])
+    zoom = Zoom(size, scale_range, antialias=True)
+    zoom.fill = list(fill)  # a small scene is at the top left, as in evaluation
+    return v2.Compose([v2.RandomHorizontalFlip(), zoom, v2.RandomCrop(size)])
 
 
 class Detections(Dataset):

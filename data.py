@@ -1,4 +1,4 @@
-"""Data: image sets, augmentations named after their paper, and randomness without state.
+"""Data: image sets, and randomness without state.
 
 Every random choice about a sample, its crop, its flip, its mask, is a pure function of
 
@@ -9,11 +9,9 @@ anywhere continues exactly: there is no generator whose state could get lost. To
 the batch sampler hands out keys (epoch, index) instead of bare indices.
 
 Sets: shapes (generated, shapes.py), cifar10, cifar100, and folder: train/ and val/ (or
-test/) with a folder per class. Augmentations are lists of torchvision v2 transforms.
+test/) with a folder per class. Augmentations are in augment.py.
 
-Source: augmentations as published with MAE (arXiv 2111.06377), the ViT / SAM experiments
-(arXiv 2106.01548) and pad-and-crop for 32 px images. Written from the papers.
-Needs: torch, torchvision, tqdm; shapes.py.
+Needs: torch, torchvision, tqdm; augment.py, shapes.py.
 Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
 """
 
@@ -28,10 +26,10 @@ from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from augment import AUGMENTATIONS, FitSize, augmentation  # noqa: F401  imported from here elsewhere
 from shapes import Shapes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-AUGMENTATIONS = ("none", "padcrop", "mae", "inception", "strong")
 CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once, into one uint8 tensor
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
@@ -133,66 +131,6 @@ def leave_signals(worker):
     """Ctrl-C and a job's SIGTERM reach every process, but only the main one should act; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-# ---------------------------------------------------------------------------- augmentations
-
-
-def augmentation(name, img_size, mean, std):
-    """uint8 image (C, H, W) -> normalized float (C, *img_size). See AUGMENTATIONS.
-
-    none       the whole image where the size fits, else resize to 8/7 of img_size and center crop
-    padcrop    reflect-pad by 1/8, random crop, flip: for images that already have the size
-    mae        random resized crop (0.2, 1) bicubic, flip: MAE, MIRL and MixMIM pre-training
-    inception  random resized crop (0.05, 1), flip: "simple Inception-style preprocessing" of the SAM paper
-    strong     random resized crop, flip, RandAugment(2, 9), erasing 0.25: fine-tuning; mixup and cutmix act on batches
-    """
-    height, width = img_size
-    bicubic = dict(interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    finish = [v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)]
-    flip = v2.RandomHorizontalFlip()
-    if name == "none":
-        plain = v2.Compose([FitSize(img_size), *finish])
-        plain.draws_nothing = True  # so that a batch may go through at once
-        return plain
-    if name == "padcrop":
-        padding = [max(1, width // 8), max(1, height // 8)]
-        return v2.Compose(
-            [FitSize(img_size), v2.RandomCrop(img_size, padding, padding_mode="reflect"), flip, *finish]
-        )
-    if name == "mae":
-        return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.2, 1.0), **bicubic), flip, *finish])
-    if name == "inception":
-        return v2.Compose([v2.RandomResizedCrop(img_size, scale=(0.05, 1.0), **bicubic), flip, *finish])
-    if name == "strong":
-        return v2.Compose(
-            [
-                v2.RandomResizedCrop(img_size, scale=(0.08, 1.0), **bicubic),
-                flip,
-                v2.RandAugment(num_ops=2, magnitude=9),
-                *finish,
-                v2.RandomErasing(p=0.25, value="random"),
-            ]
-        )
-    raise ValueError(f"augment {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
-
-
-class FitSize(torch.nn.Module):
-    """Leaves an image of the right size alone; else shorter side to 8/7 of the crop (256 for 224), center crop."""
-
-    def __init__(self, img_size):
-        super().__init__()
-        height, width = img_size
-        self.img_size = (height, width)
-        self.crop = v2.CenterCrop(self.img_size)
-
-    def forward(self, image):
-        height, width = self.img_size
-        if tuple(image.shape[-2:]) == self.img_size:
-            return image
-        scale = 8 / 7 * max(height / image.shape[-2], width / image.shape[-1])
-        size = [round(image.shape[-2] * scale), round(image.shape[-1] * scale)]
-        return self.crop(v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True))
 
 
 # ---------------------------------------------------------------------------- image sets

@@ -35,7 +35,8 @@ halves:
     optimizer.second_step(zero_grad=True)   # skips what is not finite: no scaler.step
     scaler.update()
 
-We differ: weight decay is the base optimizer's alone; the official code has it in the loss, so in (1) too.
+We differ from google-research/sam (SGD): weight decay is the base optimizer's alone; there it is in the loss, so
+in (1) too. The code for ViT and Mixer (big_vision, Adam) decouples it, as AdamW does here.
 
 Source: Foret et al. 2021, arXiv 2010.01412; ViT and Mixer: Chen et al. 2022, arXiv 2106.01548; ASAM: Kwon et
 al. 2021, arXiv 2102.11600. Written from the papers. Needs: torch.

@@ -10,7 +10,7 @@ reaches beyond the scene, the image gets the mean color and the labels 255: such
 
 Source: ADE20K, Zhou et al. 2016, arXiv 1608.05442; COCO's panoptic classes, Kirillov et al. 2018,
 arXiv 1801.00868; resized and cropped as mmsegmentation does. Written from the papers.
-Needs: torch, torchvision, tqdm; data.py, shapes.py.
+Needs: torch, torchvision, tqdm; data.py, augment.py, shapes.py.
 Demo: python semantic.py (a few seconds) saves semantic_demo.png: scenes, and what training sees of them.
 """
 

@@ -103,7 +103,7 @@ def evaluation_transform(args):
     if args.task == "segment":  # keeps the aspect ratio
         resize = v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
         return v2.Compose([resize, to_float, v2.Normalize(args.mean, args.std)])
-    return augmentation("none", size, args.mean, args.std)
+    return augmentation("none", size, args.mean, args.std, getattr(args, "crop_ratio", None))  # older runs: None
 
 
 class Silent:

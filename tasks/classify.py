@@ -35,13 +35,13 @@ def add_flags(flag):
     flag("--eval-pgd", action="store_true", help="at the end: accuracy under ten steps of attack")
 
 
-def add_tuning_flags(flag):
-    """What all tasks share that train a whole encoder on labeled images."""
+def add_tuning_flags(flag, augment="padcrop up to 64 px, else inception"):
+    """What all tasks share that train a whole encoder on labeled images. augment: the default, in words"""
     flag("--pool", choices=("mean", "cls"), help="ViT: what the head reads (default: mean)")
     flag("--layer-decay", type=between(0, 10), help="learning rate factor per block, from the head down")
     encoders.encoder_flags(flag)
     sources.image_flags(flag)
-    sources.augment_flag(flag, "padcrop up to 64 px, else inception")
+    sources.augment_flag(flag, augment)
 
 
 def complete(args):
@@ -73,8 +73,8 @@ def complete_encoder(args):
 
 def open_data(args, world):
     found = sources.open_images(args, world)
-    transform = augmentation(args.augment, args.img_size, found.mean, found.std)
-    plain = augmentation("none", args.img_size, found.mean, found.std)
+    transform = augmentation(args.augment, args.img_size, found.mean, found.std, args.crop_ratio)
+    plain = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
     train = Images(found.train, transform, args.seed, found.indices)
     val = Images(found.val, plain, args.seed, found.val_indices)
     return Data(train, val, list(found.train.classes), found.mean, found.std)

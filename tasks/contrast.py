@@ -16,15 +16,16 @@ DEFAULTS = dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, beta2=0.999, la
 
 
 def add_flags(flag):
-    add_tuning_flags(flag)
+    add_tuning_flags(flag, augment="simclr")
 
 
 def complete(args):
+    args.augment = args.augment or "simclr"
     complete_encoder(args)
     if args.batch_size < 2:
         raise ValueError(f"--batch-size {args.batch_size} leaves nothing to compare; use at least 2")
     if args.augment == "none":
-        raise ValueError("--augment none makes both views the same image; take padcrop or inception")
+        raise ValueError("--augment none makes both views the same image; take simclr or padcrop")
 
 
 def open_data(args, world):
@@ -35,8 +36,8 @@ def open_data(args, world):
                          "needs two, to compare them; add images")
     if args.val_images is None:  # folders are sorted by class, but images are compared within a batch
         val_indices = first_of_shuffle(len(found.val), len(found.val))
-    transform = augmentation(args.augment, args.img_size, found.mean, found.std)
-    plain = augmentation("none", args.img_size, found.mean, found.std)
+    transform = augmentation(args.augment, args.img_size, found.mean, found.std, args.crop_ratio)
+    plain = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
     train = Images(found.train, transform, args.seed, found.indices, views=2)
     val = Images(found.val, plain, args.seed, val_indices)
     return Data(train, val, list(found.train.classes), found.mean, found.std, smallest=2)

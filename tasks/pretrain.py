@@ -111,11 +111,11 @@ def open_data(args, world):
     if found.val is not None and len(found.val_indices) < needed * world.size:
         raise ValueError(f"the validation set has {len(found.val_indices)} images for {world.size} processes, but "
                          f"each needs {needed}; add images or leave the set out")
-    transform = augmentation(args.augment, args.img_size, found.mean, found.std)
+    transform = augmentation(args.augment, args.img_size, found.mean, found.std, args.crop_ratio)
     train = Images(found.train, transform, args.seed, found.indices, num_patches(args))
     val = None
     if found.val is not None:
-        plain = augmentation("none", args.img_size, found.mean, found.std)
+        plain = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
         val = Images(found.val, plain, args.seed, found.val_indices, num_patches(args))
     return Data(train, val, list(found.train.classes), found.mean, found.std, smallest=needed)
 

@@ -32,8 +32,8 @@ PENALTIES = [1e-5, 1e-4, 1e-3, 1e-2]  # --style lbfgs
 NEUTRAL = dict(epochs=(None, 1), accum=(1,), optimizer=("adamw",), blr=(None,), lr=(None,), warmup_epochs=(None,),
                clip_grad=(None,), ema=(None,), beta2=(None,))  # what L-BFGS has no use for
 SAME_AS_PRETRAINING = (  # the flags that the default run hands on
-    "data", "data_path", "data_size", "data_seed", "scenes", "train_images", "val_images", "skip_bad", "seed",
-    "workers", "device", "precision", "model", "img_size", *encoders.SIZES)
+    "data", "data_path", "data_size", "data_seed", "scenes", "train_images", "val_images", "skip_bad", "mean_std",
+    "crop_ratio", "seed", "workers", "device", "precision", "model", "img_size", *encoders.SIZES)
 
 
 def add_flags(flag):
@@ -74,8 +74,8 @@ def complete(args):
 
 def open_data(args, world):
     found = sources.open_images(args, world)
-    plain = augmentation("none", args.img_size, found.mean, found.std)
-    transform = augmentation(args.augment or "none", args.img_size, found.mean, found.std)
+    plain = augmentation("none", args.img_size, found.mean, found.std, args.crop_ratio)
+    transform = augmentation(args.augment or "none", args.img_size, found.mean, found.std, args.crop_ratio)
     train = Images(found.train, transform, args.seed, found.indices)
     val = Images(found.val, plain, args.seed, found.val_indices)
     data = Data(train, val, list(found.train.classes), found.mean, found.std)

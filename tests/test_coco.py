@@ -299,6 +299,35 @@ def test_jittered_scenes_have_one_size_and_boxes_that_fit_their_masks(scale_rang
     )
 
 
+def test_a_small_scene_is_padded_right_and_below_only():
+    jitter = large_scale_jitter(64, [7, 8, 9], (0.25, 0.5))
+    white = coco.tv_tensors.Image(torch.full((3, 40, 80), 255, dtype=torch.uint8))
+    mask = coco.tv_tensors.Mask(torch.ones(1, 40, 80, dtype=torch.uint8))
+    heights = set()
+    for i in range(20):
+        torch.manual_seed(i)
+        image, masks = jitter(white, mask)
+        height, width = int(masks.any(2).sum()), int(masks.any(1).sum())
+        assert 16 <= width <= 32 and abs(height - width / 2) <= 1  # the longer side is a quarter to half of 64
+        assert masks[0, :height, :width].all() and (image[:, :height, :width] == 255).all()
+        assert image[:, height:].unique().tolist() == [7, 8, 9] and masks[0, height:].sum() == 0
+        assert image[:, :, width:].unique().tolist() == [7, 8, 9] and masks[0, :, width:].sum() == 0
+        heights.add(height)
+    assert len(heights) > 3
+
+
+def test_a_large_scene_is_cropped_anywhere():
+    jitter = large_scale_jitter(32, [0, 0, 0], (2.0, 2.0))
+    ramp = torch.arange(64, dtype=torch.uint8).expand(3, 64, 64)
+    masks = coco.tv_tensors.Mask(torch.ones(1, 64, 64, dtype=torch.uint8))
+    starts = set()
+    for i in range(40):
+        torch.manual_seed(i)
+        image, _ = jitter(coco.tv_tensors.Image(ramp), masks)
+        starts.add(int(image[0, 0].min()))
+    assert min(starts) < 6 and max(starts) > 26  # 0 to 32
+
+
 def test_an_object_without_height_is_no_target_and_iscrowd_may_be_left_out(layout):
     def change(content):
         content["annotations"][0].update(bbox=[5, 5, 10, 0])

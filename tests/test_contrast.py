@@ -43,6 +43,13 @@ def test_each_image_comes_in_two_different_views(tmp_path, monkeypatch):
     assert not torch.equal(views[0][:, 0], views[0][:, 1])
 
 
+def test_views_are_simclrs_unless_a_flag_says_otherwise():
+    assert built(CONTRAST).args.augment == "simclr"
+    assert built(f"{CONTRAST} --img-size 96").args.augment == "simclr"
+    assert built(f"{CONTRAST} --augment inception").args.augment == "inception"
+    assert built(CONTRAST.replace("contrast", "classify")).args.augment == "padcrop"
+
+
 def test_every_trainable_tensor_gets_a_gradient():
     run = built(CONTRAST)
     batch = torch.randn(4, 2, 3, 32, 32), torch.arange(4), None

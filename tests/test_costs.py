@@ -9,6 +9,7 @@ import torch
 from small_runs import ROOT, start
 
 import train
+from training.optim import plan_steps
 
 NUMBER = r"([\d.,e+-]+)"
 IMAGENET = "--data folder --train-images 1281167"
@@ -71,8 +72,61 @@ def test_a_dry_run_starts_from_a_file_that_may_not_exist_yet(tmp_path, capsys, m
 
 
 @pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
-def test_every_recipe_passes_a_dry_run(tmp_path, capsys, monkeypatch, recipe):
-    assert "multiply-adds" in dry_run(f"@{recipe}", capsys, tmp_path, monkeypatch)
+def test_the_header_of_every_recipe_says_source_what_is_borrowed_and_the_cost_of_the_dry_run(
+        tmp_path, capsys, monkeypatch, recipe):
+    lines = [line for line in recipe.read_text().splitlines() if line.startswith("#")]
+    header = " ".join(line.lstrip("# ") for line in lines)
+    assert "# Source: " in recipe.read_text() and "# Borrowed: " in recipe.read_text()
+    printed = dry_run(f"@{recipe}", capsys, tmp_path, monkeypatch)
+    pattern = r"parameters +([\d,]+).*multiply-adds ([\d.]+) G.*steps +([\d,]+).*device-hours (\S+)"
+    figures = re.search(pattern, printed, re.S)
+    parameters, multiply_adds, steps, hours = figures.groups()
+    parameters = int(parameters.replace(",", "")) / 1e6
+    multiply_adds = f"{float(multiply_adds):.1f}"
+    assert (f"Cost: {parameters:.1f} M parameters, {multiply_adds} G multiply-adds per image, {steps} steps, "
+            f"{hours} device-hours at 100 TFLOP/s (--dry-run).") in header
+
+
+def test_the_scratch_recipes_of_the_sam_paper_start_and_see_as_the_jax_code():
+    for path in (ROOT / "recipes").glob("*_scratch*.txt"):
+        args = recipe(path.name)
+        if not path.name.startswith("resnet"):
+            assert args.weight_init == "jax" and args.mean_std == [0.5, 0.5], path.name
+
+
+FINETUNING_OF_MAE = {  # FINETUNE.md: epochs, blr, layer decay, drop path
+    "vit_b16": (100, 5e-4, 0.65, 0.1), "vit_l16": (50, 1e-3, 0.75, 0.2), "vit_h14": (50, 1e-3, 0.75, 0.3)}
+
+
+@pytest.mark.parametrize("model", FINETUNING_OF_MAE)
+def test_the_recipes_of_mae_have_the_settings_of_its_repository(model):
+    tuned, trained = recipe(f"mae_{model}_finetune.txt"), recipe(f"mae_{model}_pretrain.txt")
+    assert (tuned.epochs, tuned.blr, tuned.layer_decay, tuned.drop_path) == FINETUNING_OF_MAE[model]
+    assert tuned.batch_size * tuned.accum == 1024 and trained.batch_size * trained.accum == 4096
+    assert (tuned.mixup, tuned.cutmix, tuned.weight_decay, tuned.model) == (0.8, 1.0, 0.05, model)
+    assert (trained.blr, trained.warmup_epochs, trained.mask_ratio, trained.model) == (1.5e-4, 40, 0.75, model)
+
+
+def test_the_recipe_of_the_resnet_detector_has_the_settings_of_detectron2():
+    args = recipe("resnet50_detect.txt")
+    assert (args.optimizer, args.lr, args.weight_decay, args.epochs) == ("sgd", 0.1, 4e-5, 100)
+    assert args.batch_size * args.accum == 64 and args.jitter == [0.1, 2.0] and args.img_size == [1024, 1024]
+    assert args.warmup_epochs * 118_287 / 64 == pytest.approx(500, abs=2)
+
+
+def test_the_recipe_of_beits_segmentation_has_the_settings_of_its_repository():
+    args = recipe("beit_b16_segment.txt")
+    assert (args.lr, args.layer_decay, args.weight_decay, args.drop_path) == (7e-4, 0.65, 0.05, 0.1)
+    assert args.batch_size * args.accum == 16 and args.slide == [512, 341] and args.schedule == "linear"
+    assert args.warmup_epochs * 20_210 / 16 == pytest.approx(1500, abs=5)
+
+
+def test_the_transfer_recipe_takes_ten_thousand_steps_of_sgd():
+    args = recipe("vit_b16_transfer.txt")
+    plan = plan_steps(args, 50_000, 1)
+    assert plan.total_steps == pytest.approx(10_000, abs=10) and plan.warmup == pytest.approx(500, abs=2)
+    assert (args.optimizer, args.weight_decay, args.clip_grad, args.crop_ratio) == ("sgd", 0, 1.0, 1.0)
+    assert plan.effective == 512 and args.lr in (1e-3, 3e-3, 1e-2, 3e-2)
 
 
 def table_rows(pattern):

@@ -4,14 +4,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 import data as module
 import train
-from tasks import classify
+from tasks import classify, evaluation_transform, load_run, probe
+from training.world import World
 from data import (
     AUGMENTATIONS,
     EvalBatches,
-    FitSize,
     Folder,
     Images,
     TrainBatches,
@@ -104,6 +105,32 @@ def test_two_workers_load_what_the_main_process_loads():
         assert all(torch.equal(a, b) for a, b in zip(here, there))
 
 
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+@pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 65), (16, 16)])
+def test_every_augmentation_gives_the_same_normalized_image_for_the_same_key(name, size):
+    source = Shapes(4, img_size=40)
+    dataset = Images(source, augmentation(name, size, source.mean, source.std), seed=1, noise_size=3)
+    torch.manual_seed(0)
+    image, label, noise = dataset[0, 2]
+    assert image.shape == (3, *size) and image.dtype == torch.float32 and image.isfinite().all()
+    assert label == source[2][1] and noise.shape == (3,)
+    torch.manual_seed(1)
+    again, _, same_noise = dataset[0, 2]
+    assert torch.equal(image, again) and torch.equal(noise, same_noise)
+    later = dataset[1, 2]
+    assert not torch.equal(noise, later[2])
+    assert torch.equal(image, later[0]) == (name == "none")
+
+
+def test_the_mask_noise_does_not_depend_on_the_augmentation():
+    source = Shapes(4)
+    noises = [
+        Images(source, augmentation(name, (32, 32), source.mean, source.std), noise_size=6)[1, 3][2]
+        for name in AUGMENTATIONS
+    ]
+    assert all(torch.equal(noises[0], noise) for noise in noises)
+
+
 # ---------------------------------------------------------------------------- order
 
 
@@ -165,65 +192,6 @@ def test_a_rest_that_is_too_small_joins_the_batch_before_it():
 
 def test_a_rank_may_have_nothing_to_evaluate():
     assert list(EvalBatches(1, 4, rank=1, world=2)) == []
-
-
-# ---------------------------------------------------------------------------- augmentations
-
-
-@pytest.mark.parametrize("name", AUGMENTATIONS)
-@pytest.mark.parametrize("size", [(32, 32), (48, 32), (33, 65), (16, 16)])
-def test_every_augmentation_gives_the_same_normalized_image_for_the_same_key(name, size):
-    source = Shapes(4, img_size=40)
-    dataset = Images(source, augmentation(name, size, source.mean, source.std), seed=1, noise_size=3)
-    torch.manual_seed(0)
-    image, label, noise = dataset[0, 2]
-    assert image.shape == (3, *size) and image.dtype == torch.float32 and image.isfinite().all()
-    assert label == source[2][1] and noise.shape == (3,)
-    torch.manual_seed(1)
-    again, _, same_noise = dataset[0, 2]
-    assert torch.equal(image, again) and torch.equal(noise, same_noise)
-    later = dataset[1, 2]
-    assert not torch.equal(noise, later[2])
-    assert torch.equal(image, later[0]) == (name == "none")
-
-
-def test_the_mask_noise_does_not_hang_on_the_augmentation():
-    source = Shapes(4)
-    noises = [
-        Images(source, augmentation(name, (32, 32), source.mean, source.std), noise_size=6)[1, 3][2]
-        for name in AUGMENTATIONS
-    ]
-    assert all(torch.equal(noises[0], noise) for noise in noises)
-
-
-def test_no_augmentation_normalizes_by_hand():
-    image = torch.full((3, 32, 32), 51, dtype=torch.uint8)  # 51 / 255 = 0.2
-    out = augmentation("none", (32, 32), (0.1, 0.2, 0.3), (0.5, 0.5, 0.1))(image)
-    torch.testing.assert_close(out[:, 0, 0], torch.tensor([0.2, 0.0, -1.0]))
-
-
-def test_an_image_of_another_size_is_resized_to_8_7_and_cropped_in_the_centre():
-    gradient = torch.arange(256).expand(3, 256, 256).to(torch.uint8)  # value = column
-    out = FitSize((224, 224))(gradient)
-    assert torch.equal(out, gradient[:, 16:240, 16:240])
-    assert FitSize((32, 48))(torch.zeros(3, 100, 60, dtype=torch.uint8)).shape == (3, 32, 48)
-
-
-def test_pad_crop_moves_an_image_by_at_most_an_eighth():
-    image = torch.zeros(3, 32, 32, dtype=torch.uint8)
-    image[:, 16, 16] = 255
-    places = set()
-    for i in range(60):
-        with seeded(0, 0, i):
-            out = augmentation("padcrop", (32, 32), (0, 0, 0), (1, 1, 1))(image)
-        y, x = out[0].nonzero()[0].tolist()
-        places.add((y, min(abs(x - 16), abs(x - 15))))  # 15: flipped
-    assert {abs(y - 16) for y, _ in places} == set(range(5)) and max(x for _, x in places) == 4
-
-
-def test_an_unknown_augmentation_names_the_known_ones():
-    with pytest.raises(ValueError, match="none, padcrop, mae"):
-        augmentation("magic", (32, 32), (0, 0, 0), (1, 1, 1))
 
 
 # ---------------------------------------------------------------------------- folders
@@ -407,19 +375,46 @@ def test_shapes_carries_its_own_statistics():
     assert mean == pytest.approx(source.mean, abs=0.02) and std == pytest.approx(source.std, abs=0.02)
 
 
-def test_the_stats_flag_measures_instead(tmp_path, monkeypatch):
+def test_mean_and_std_are_the_sets_own_or_measured_or_given(tmp_path, monkeypatch):
     used = []
     real = classify.augmentation
-    monkeypatch.setattr(
-        classify, "augmentation", lambda name, size, mean, std: used.append((mean, std)) or real(name, size, mean, std)
-    )
+
+    def watch(name, size, mean, std, crop_ratio):
+        used.append((mean, std))
+        return real(name, size, mean, std, crop_ratio)
+
+    monkeypatch.setattr(classify, "augmentation", watch)
     flags = "--task classify --scenes crowded --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8".split()
     flags += "--data-size 16 --batch-size 8 --epochs 1".split()
-    for name, more in (("own", []), ("measured", ["--stats"])):
-        train.main([*flags, *more, "--output-dir", str(tmp_path / name)])
+    for name, more in (("own", ""), ("measured", "--stats"), ("given", "--mean-std 0.5 0.25")):
+        train.main([*flags, *more.split(), "--output-dir", str(tmp_path / name)])
     source = Shapes(16)
     assert used[0] == used[1] == (source.mean, source.std)
     assert used[2] == used[3] == channel_statistics(source)
+    assert used[4] == used[5] == ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+    run = load_run(tmp_path / "given")
+    gray = torch.full((3, 32, 32), 255, dtype=torch.uint8)
+    torch.testing.assert_close(run.transform(gray), torch.full((3, 32, 32), 2.0))  # (1 - 0.5) / 0.25
+
+
+@pytest.mark.parametrize("task", ["classify", "probe", "contrast", "pretrain"])
+def test_every_task_on_whole_images_evaluates_at_the_crop_ratio_of_the_flag(task, tmp_path):
+    write_folder(tmp_path / "data", sizes=((48, 48),))
+    flags = f"--task {task} --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8 --img-size 32 --batch-size 4 "
+    flags += f"--data folder --data-path {tmp_path / 'data'} --crop-ratio 0.5 --mean-std 0.5 0.5"
+    args = train.parse(flags.split())
+    data = train.TASKS[task].open_data(args, World("cpu"))
+    args.mean, args.std = data.mean, data.std
+    image = data.val.source[3][0]
+    resized = v2.functional.resize(image, [64, 64], v2.InterpolationMode.BICUBIC, antialias=True)
+    for transform in (data.val.transform, evaluation_transform(args)):
+        torch.testing.assert_close(transform(image), resized[:, 16:48, 16:48] / 255 / 0.5 - 1)
+    del args.crop_ratio  # a run of an earlier version
+    assert evaluation_transform(args)(image).shape == (3, 32, 32)
+
+
+def test_the_default_run_hands_crop_ratio_and_input_scale_on_to_its_probe():
+    assert {"crop_ratio", "mean_std"} <= set(probe.SAME_AS_PRETRAINING)
 
 
 @pytest.mark.parametrize("size", [(32, 32), (40, 32)])

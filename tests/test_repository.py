@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IDEAS = """vit masking mae mirl hierarchical mixmim mixer resnet sam geometry supcon robust pyramid detect
     segment""".split()
-DATA = "shapes data coco semantic checkpoints".split()
+DATA = "shapes augment data coco semantic checkpoints".split()
 ENTRY = [name for name in ("train", "predict") if (ROOT / f"{name}.py").exists()]
 PACKAGES = ("tasks", "training")
 OURS = {"shapes", "data", "checkpoints", "train", "predict"}  # they implement no paper

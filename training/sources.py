@@ -5,6 +5,7 @@ A set has len, classes, mean and std, and gives uint8 images with a label, boxes
 Needs: torch; data.py.
 """
 
+import argparse
 from typing import NamedTuple
 
 from data import AUGMENTATIONS, Folder, channel_statistics, first_of_shuffle, open_source
@@ -14,6 +15,14 @@ READ_BY = {  # flags that act on some sets only
     "data_path": ("cifar10", "cifar100", "folder", "coco", "ade20k"), "download": ("cifar10", "cifar100"),
     "skip_bad": ("folder",), "data_size": ("shapes",), "data_seed": ("shapes",),
     "scenes": ("shapes",)}
+
+
+def crop_ratio(text):
+    """A number above 0, at most 1."""
+    value = float(text)
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} must be above 0 and at most 1, such as 0.875")
+    return value
 
 
 def source_flags(flag, sets):
@@ -35,6 +44,10 @@ def image_flags(flag):
     flag("--skip-bad", action="store_true", default=None, help="folder: replace unreadable images instead of "
                                                                "stopping")
     flag("--stats", action="store_true", help="measure mean and std on the data instead of taking the set's own")
+    flag("--mean-std", type=float, nargs=2, metavar=("MEAN", "STD"),
+         help="of all three channels, instead of the set's own: 0.5 0.5 for BEiT and files from JAX")
+    flag("--crop-ratio", type=crop_ratio,
+         help="images of another size: center crop / shorter side (default: 0.875 up to 224 px, 1 above)")
 
 
 def augment_flag(flag, default):
@@ -47,6 +60,13 @@ def complete(args):
         if getattr(args, name, None) is not None and args.data not in sets:
             raise ValueError(f"--{name.replace('_', '-')} belongs to --data {' or '.join(sets)}, not to "
                              f"{args.data}; drop it or name the set")
+    if getattr(args, "mean_std", None) is not None:
+        mean, std = args.mean_std
+        if not (0 <= mean <= 1 and 0 < std <= 1):
+            raise ValueError(f"--mean-std {mean:g} {std:g} must be a mean from 0 to 1 and a standard deviation above "
+                             "0, at most 1, such as 0.5 0.5: pixels lie in [0, 1]")
+        if args.stats:
+            raise ValueError(f"--mean-std {mean:g} {std:g} contradicts --stats, which measures them; drop one")
     if args.data == "shapes":
         args.data_size = args.data_size or 4096
         args.data_seed = args.data_seed or 0
@@ -87,6 +107,9 @@ def open_images(args, world, need_val=True):
         if isinstance(source, Folder):
             source.cache(indices, progress=world.main)
         getattr(source, "images", None)  # shapes are drawn at the first look
+    if args.mean_std is not None:
+        mean, std = args.mean_std
+        sources = sources._replace(mean=(mean,) * 3, std=(std,) * 3)
     if args.stats:
         mean, std = channel_statistics(train)
         sources = sources._replace(mean=mean, std=std)
