@@ -346,9 +346,10 @@ class Flags(argparse.Namespace):
 
 # what NumPy calls to rebuild arrays and numbers, under the names of its versions 1 and 2
 NUMPY = {"numpy.ndarray": np.ndarray, "numpy.dtype": np.dtype}
-for package in ("numpy.core.multiarray", "numpy._core.multiarray"):
-    NUMPY[f"{package}._reconstruct"] = np.zeros(1).__reduce__()[0]
-    NUMPY[f"{package}.scalar"] = np.float64(0).__reduce__()[0]
+for package in ("numpy.core", "numpy._core"):
+    NUMPY[f"{package}.multiarray._reconstruct"] = np.zeros(1).__reduce__()[0]
+    NUMPY[f"{package}.multiarray.scalar"] = np.float64(0).__reduce__()[0]
+    NUMPY[f"{package}.numeric._frombuffer"] = np.zeros(1).__reduce_ex__(5)[0]
 PLAIN = {
     **NUMPY,
     "_codecs.encode": str.encode,  # bytes in protocol 2
@@ -391,8 +392,7 @@ if __name__ == "__main__":
     import tempfile
 
     layouts = {
-        "vision_transformer": ("Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel", (8, 32)),
-        "vision_transformer, Mixer": ("MixerBlock_0/token_mixing/Dense_0/kernel", (16, 4)),
+        "vision_transformer": ("MixerBlock_0/token_mixing/Dense_0/kernel", (16, 4)),
         "transformers": ("vit.encoder.layer.0.intermediate.dense.weight", (32, 8)),
         "mmpretrain": ("backbone.layers.0.ffn.layers.0.0.weight", (32, 8)),
     }
