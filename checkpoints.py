@@ -315,7 +315,7 @@ def encoder_options(file):
     if "blocks.0.gamma_1" in state:
         options["layer_scale"] = 0.1  # loading replaces it by the file's values
     patch = state.get("patch_embed.proj.weight")
-    if patch is not None and patch.ndim == 4 and patch.shape[2] == patch.shape[3]:
+    if patch is not None and patch.ndim == 4 and patch.shape[2] == patch.shape[3] > 0:
         options["patch_size"] = patch.shape[2]
         for name in ("pos_embed", SHARED_BIAS, first_bias):
             grid = find_grid(name, state[name], source_aspect(file) or (1, 1)) if name in state else None
