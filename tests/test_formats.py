@@ -93,7 +93,8 @@ def jax_mixer(state, depth=2):
     arrays |= jax_layer("head", s["head.weight"], s["head.bias"])
     norms = {"pre_head_layer_norm": "norm"}
     for i in range(depth):
-        norms |= {f"MixerBlock_{i}/LayerNorm_0": f"blocks.{i}.norm1", f"MixerBlock_{i}/LayerNorm_1": f"blocks.{i}.norm2"}
+        norms[f"MixerBlock_{i}/LayerNorm_0"] = f"blocks.{i}.norm1"
+        norms[f"MixerBlock_{i}/LayerNorm_1"] = f"blocks.{i}.norm2"
         for mixing, ours in (("token_mixing", "mlp_tokens"), ("channel_mixing", "mlp_channels")):
             for number in (0, 1):
                 fc = f"blocks.{i}.{ours}.fc{number + 1}"
