@@ -1,48 +1,38 @@
-"""Checkpoints: published weights differ in names and sizes; translate both, then report.
+"""Checkpoints: a file of weights becomes the weights of a model, or an error that says why not.
 
-The same 12 blocks come as MAE's flat dict, under MoCo v3's `module.base_encoder.`, or with BEiT's q and v
-biases apart. Three steps bring a file into a model:
+The same 12 blocks come in many layouts and sizes. Four steps bring a file into a model:
 
-    read       tensors only; a file that would run code on loading is refused
-    convert    recognize the layout by its keys, keep encoder and classifier, use the names of vit.py
-    adapt      to the model's sizes: position tables and relative biases are images of offsets, so they
-               are resampled like images (bicubic, align_corners=False, no antialias, as MAE and DeiT)
+    read      tensors only; a file that would run code on loading, or whose checksums differ, is refused
+    check     a flat dict of dense, finite tensors, whatever the file nests them in
+    convert   names and axes of vit.py: see formats.py
+    adapt     to the model's sizes: position tables and relative biases are images of offsets, so they are
+              resampled like images (bicubic, align_corners=False, no antialias, as MAE and DeiT)
 
 Then it prints what was loaded, resized, skipped and missing, because load_state_dict(strict=False) says
 nothing when no name matched. Less than 90 % of the encoder is an error, and so is a file with parts that the
-model lacks (BEiT's relative bias, layer scale). No file shows the number of heads, and the wrong one loads
-without an error but computes something else: see FORMATS.
+model lacks (relative bias, layer scale, register tokens, attention pooling). No file shows the number of
+heads, and the wrong one loads without an error but computes something else: see FORMATS.
 
 We differ: BEiT's own code resamples its bias at geometrically spaced offsets, here it is plain bicubic.
-Written from the papers and published files' key lists; names of BEiT and MixMIM were checked in their code.
-Needs: torch, torchvision, einops; vit.py.
+Needs: torch, torchvision, einops; formats.py and vit.py.
 Demo: python checkpoints.py (5 s on a CPU) loads a MAE and a BEiT file into ViTs of other sizes.
 """
 
 import argparse
 import math
 import re
+import zipfile
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
+from formats import (FORMATS, INDEX, convert, convert_official, flat_tensors, has, is_pickle, numpy_globals,
+                     read_npz, read_pickle, shorten)
 from vit import resample, resize_pos_embed
 
-FORMATS = {  # how each source was trained; nothing of this can be read from the tensors
-    "MAE": "input ImageNet mean/std; heads B 12, L 16, H 16; fixed sin-cos positions, column first",
-    "MAE or timm": "same keys: MAE and DeiT use ImageNet mean/std, timm's augreg weights mean/std 0.5; "
-                   "heads Ti 3, S 6 (MoCo v3 and MIRL: 12), B 12, L 16",
-    "timm": "layer scale as ls1, ls2; input mean/std differs by model, see its timm config",
-    "DeiT distilled": "input ImageNet mean/std; heads Ti 3, S 6, B 12; the distillation token is left out",
-    "MoCo v3": "input ImageNet mean/std; heads S 12, B 12; fixed sin-cos positions, row first",
-    "BEiT": "input mean/std 0.5 by default in its code (a flag selects ImageNet's); heads B 12, L 16",
-    "MIRL": "input ImageNet mean/std; heads S 12, B 12; fixed sin-cos positions, column first",
-    "MixMIM": "input ImageNet mean/std; layer norm eps 1e-5",
-    "torchvision": "a ResNet; input ImageNet mean/std",
-    "ours": "input and heads as in the run's args.json",
-}
+__all__ = ["FORMATS", "Report", "convert_official", "encoder_options", "load_pretrained", "read_checkpoint"]
 
 
 class Report(NamedTuple):
@@ -69,17 +59,18 @@ def load_pretrained(model, path, verbose=True, grid=None, name=None):
     file, where = path, name or "the state dict"
     if not isinstance(path, dict):
         file, where = read_checkpoint(path), str(path)
-    tensors = find_tensors(file)
-    if not tensors:
-        keys = shorten(map(str, file))
-        raise ValueError(f"{where} holds no tensors at its top or under {CONTAINERS}; keys: {keys}")
+    # check
+    tensors = flat_tensors(file, where)
 
     # convert
     kind, state, dropped = convert(tensors)
     own_aspect = source_aspect(file)
     kind = "ours" if own_aspect else kind
     where = f"{where} [{kind}]"
-    target = {key: tensor for key, tensor in model.state_dict().items() if not key.endswith(INDEX)}
+    target = model.state_dict()
+    for name in list(target):
+        if name.endswith(INDEX):
+            del target[name]
     check_parts(state, target, where)
     copy_shared_bias(state, target)
 
@@ -89,87 +80,20 @@ def load_pretrained(model, path, verbose=True, grid=None, name=None):
     model.load_state_dict(adapted, strict=False)
 
     # report
-    missing = [key for key in target if key not in adapted]
+    missing = [name for name in target if name not in adapted]
     if verbose:
-        count = sum(value.numel() for value in adapted.values())
-        print(f"loaded {len(adapted)} tensors ({count / 1e6:.3g} M parameters) from {where}; resized: "
-              f"{shorten(resized.values())}; skipped: {shorten(skipped)}; missing: {shorten(missing)}; "
-              f"not of the encoder: {shorten(dropped, 2)}\n  {kind}: {FORMATS[kind]}")
+        millions = sum(value.numel() for value in adapted.values()) / 1e6
+        print(f"loaded {len(adapted)} tensors ({millions:.3g} M parameters) from {where}; "
+              f"resized: {shorten(resized.values())}; "
+              f"skipped: {shorten(skipped)}; "
+              f"missing: {shorten(missing)}; "
+              f"not of the encoder: {shorten(dropped, 2)}")
+        print(f"  {kind}: {FORMATS[kind]}")
     return Report(kind, list(adapted), list(resized), skipped, missing)
 
 
-CONTAINERS = ("model", "state_dict", "module", "model_ema")  # the first that exists is read
-WRAPPER = r"^(module\.)+"  # DataParallel, AveragedModel
-INDEX = ("relative_position_index", "attn_mask")  # tables of constants, rebuilt by the model
-NOT_ENCODER = (r"(decoder|mask_token|lm_head\.|norm_low\.|norm\d+\.|dist_token$|head_dist\.|momentum_encoder\."
-               r"|predictor\.)|.*(relative_position_index|attn_mask)$")
 SHARED_BIAS = "rel_pos_bias.relative_position_bias_table"
 BLOCK_BIAS = r"blocks\.\d+\.attn\.relative_position_bias_table"
-PREFIXES = {"MoCo v3": "base_encoder.", "ours": "encoder."}
-MARKS = {  # the first format with a key like this
-    "MoCo v3": r"base_encoder\.",
-    "ours": r"encoder\.",  # MAE, MIRL, MixMIM around an encoder
-    "MixMIM": r"layers\.\d+\.blocks\.",
-    "BEiT": rf"blocks\.\d+\.attn\.q_bias|{BLOCK_BIAS}|rel_pos_bias\.",
-    "MIRL": r"norm_low\.|decoder_embed0_1\.|mask_token\d",
-    "DeiT distilled": r"dist_token$",
-    "timm": r"blocks\.\d+\.ls1\.",
-    "MAE": r"decoder_pred\.",
-    "torchvision": r"layer1\.0\.conv1\.",
-}
-
-
-def has(names, pattern):
-    return any(re.match(pattern, name) for name in names)
-
-
-def find_tensors(file):
-    """The state dict in a checkpoint's dict, without its container if it has one."""
-    for key in CONTAINERS:
-        if isinstance(file.get(key), dict):
-            return find_tensors(file[key])
-    return {key: value for key, value in file.items() if isinstance(key, str) and torch.is_tensor(value)}
-
-
-def find_format(state):
-    """-> (key of FORMATS, prefix of the encoder's names)."""
-    if has(state, r"(backbone\.)?pyramid\."):
-        raise ValueError("the checkpoint is of a detector or segmentation network with resized tables; "
-                         "use the checkpoint of the encoder that it started from")
-    for kind, pattern in MARKS.items():
-        if has(state, pattern):
-            return kind, PREFIXES.get(kind, "")
-    return "MAE or timm", ""
-
-
-def convert(state_dict):
-    """-> (format, state dict under our names, names left out: not of encoder or classifier)."""
-    state = {}
-    for key, value in state_dict.items():
-        state[re.sub(WRAPPER, "", key.replace("_orig_mod.", ""))] = value
-    kind, prefix = find_format(state)
-    converted, dropped = {}, []
-    for full, value in state.items():
-        key = re.sub(WRAPPER, "", full.removeprefix(prefix))
-        projection = kind == "MoCo v3" and key.startswith("head")  # three layers, not a classifier
-        if not full.startswith(prefix) or re.match(NOT_ENCODER, key) or projection:
-            dropped.append(full)
-        elif key.endswith("attn.q_bias"):  # BEiT: a bias on the keys cancels in the softmax, so it has none
-            v_bias = state.get(full.replace("q_bias", "v_bias"))
-            if v_bias is None:
-                raise ValueError(f"the checkpoint has {full} without its v_bias; is the file complete?")
-            key = key.replace("q_bias", "qkv.bias")
-            converted[key] = torch.cat([value, torch.zeros_like(value), v_bias])
-        elif key == "pos_embed" and "dist_token" in state:  # rows: class, distillation, patches
-            converted[key] = torch.cat([value[:, :1], value[:, 2:]], dim=1)
-        elif not key.endswith("attn.v_bias"):
-            converted[re.sub(r"\.ls([12])\.gamma$", r".gamma_\1", key)] = value
-    return kind, converted, dropped
-
-
-def convert_official(state_dict):
-    """Encoder and classifier of any layout in FORMATS, in the file's sizes, under the names of vit.py."""
-    return convert(state_dict)[1]
 
 
 def copy_shared_bias(state, target):
@@ -183,13 +107,14 @@ def adapt(model, state, target, aspect, where):
     """The file's tensors in the model's sizes -> (adapted, what was resized by name, names skipped)."""
     adapted, resized, skipped = {}, {}, []
     for name, value in state.items():
-        if name not in target or (name.startswith("head.") and value.shape != target[name].shape):
+        wanted = target.get(name)
+        if wanted is None or name.startswith("head.") and value.shape != wanted.shape:
             skipped.append(name)
             continue
-        table = ("pos_embed" in name and value.ndim == 3) or name.endswith("relative_position_bias_table")
-        if table and value.shape[-1] == target[name].shape[-1]:
+        table = name.endswith(("pos_embed", "relative_position_bias_table"))
+        if table and value.shape[-1] == wanted.shape[-1]:
             grids = find_grids(model, state, name, aspect)
-            value, change = resize_table(name, value, target[name], grids, aspect, where)
+            value, change = resize_table(name, value, wanted, grids, aspect, where)
             if change:
                 resized[name] = change
         adapted[name] = value
@@ -204,38 +129,48 @@ def find_grids(model, state, name, aspect):
         wanted = find_grid(name, model.state_dict()[name], getattr(model, "grid_size", (1, 1)))
         return find_grid(name, state[name], aspect), wanted
     # MixMIM: windows are cut to the map of their stage
-    source, positions = None, state.get("absolute_pos_embed")
-    first = None if positions is None else find_grid("pos_embed", positions, aspect)
-    if first:
-        height, width = first[1]
-        scale = 2 ** int(name.split(".")[1])  # layers.STAGE.blocks...
-        source = find_window(len(state[name]), height // scale, width // scale)
+    source = None
+    first = None
+    if "absolute_pos_embed" in state:
+        first = find_grid("pos_embed", state["absolute_pos_embed"], aspect)
+    if first is not None:
+        _, (height, width) = first
+        stage = int(name.split(".")[1])  # layers.STAGE.blocks...
+        source = find_window(len(state[name]), height >> stage, width >> stage)
     return source, (0, module.window)
+
+
+def count_offsets(height, width):
+    return (2 * height - 1) * (2 * width - 1)
 
 
 def find_grid(name, table, aspect):
     """The grid that a table covers: (class-token rows, (gh, gw)), or None; aspect makes the answer unique."""
-    p, q = (side // math.gcd(*aspect) for side in aspect)
+    divisor = math.gcd(*aspect)
+    p, q = aspect[0] // divisor, aspect[1] // divisor
     if "pos_embed" in name:  # (1, gh gw, D), one row more with a class token
         for prefix in (0, 1):
             patches = table.shape[1] - prefix
             k = math.isqrt(patches // (p * q))
-            if k and k * k * p * q == patches:
-                return prefix, (k * p, k * q)
+            grid = (k * p, k * q)
+            if k and math.prod(grid) == patches:
+                return prefix, grid
         return None
-    # BEiT: (2 gh - 1)(2 gw - 1) offsets, then cls-token, token-cls, cls-cls
-    for k in range(1, len(table) + 1):
-        if (2 * k * p - 1) * (2 * k * q - 1) == len(table) - 3:
-            return 3, (k * p, k * q)
+    # BEiT: one row per offset, then cls-token, token-cls, cls-cls
+    rows = len(table) - 3
+    for k in range(1, math.isqrt(len(table)) + 1):
+        grid = (k * p, k * q)
+        if count_offsets(*grid) == rows:
+            return 3, grid
     return None
 
 
 def find_window(rows, height, width):
     """MixMIM's windows are k x k, cut to the map: the (0, (wh, ww)) with this many rows, or None."""
     for k in range(1, max(height, width) + 1):
-        wh, ww = min(k, height), min(k, width)
-        if (2 * wh - 1) * (2 * ww - 1) == rows:
-            return 0, (wh, ww)
+        window = (min(k, height), min(k, width))
+        if count_offsets(*window) == rows:
+            return 0, window
     return None
 
 
@@ -258,10 +193,12 @@ def resize_table(name, table, target, grids, aspect, where):
                          f"grid={new}, whichever the file was trained with")
 
     table = table.float()
-    if axis == 0:  # ((2 gh - 1)(2 gw - 1) + extra, heads)
+    if axis == 0:  # one row per offset, then extra
         offsets = rows - extra
-        old, new = ((2 * gh - 1, 2 * gw - 1) for gh, gw in (old, new))
-        return torch.cat([resample(table[:offsets], old, new), table[offsets:]]), change
+        old = (2 * old[0] - 1, 2 * old[1] - 1)
+        new = (2 * new[0] - 1, 2 * new[1] - 1)
+        resampled = resample(table[:offsets], old, new)
+        return torch.cat([resampled, table[offsets:]]), change
     # (1, extra + gh gw, D)
     if new_extra > extra:
         table = F.pad(table, (0, 0, 1, 0))
@@ -272,30 +209,56 @@ def resize_table(name, table, target, grids, aspect, where):
     return resize_pos_embed(table, old, new, new_extra), change
 
 
+NO_MODEL_HAS = {
+    "a norm before the blocks": r"norm_pre\.",
+    "attention pooling": r"attn_pool\.|MAPHead_0\.",
+    "register tokens": r"(.*\.)?reg(ister)?_tokens?$",
+    "norms of queries and keys": r"blocks\.\d+\.attn\.[qk]_norm\.",
+}
+PARTS = {
+    "relative position bias": rf"rel_pos_bias\.|{BLOCK_BIAS}",
+    "layer scale": r"blocks\.\d+\.gamma_",
+    "position table": "pos_embed$",
+}
+
+
 def check_parts(state, target, where):
-    """A position table, relative bias or layer scale on one side only would change what is computed."""
-    parts = {
-        "relative position bias": rf"rel_pos_bias\.|{BLOCK_BIAS}",
-        "layer scale": r"blocks\.\d+\.gamma_",
-        "position table": "pos_embed$",
-    }
-    bias, scale, pos = (has(state, part) for part in parts.values())
-    lacking = [name for name, part in parts.items() if has(state, part) and not has(target, part)]
-    faults = [f"the model has no {name}" for name in lacking]
+    """A part on one side only would change what is computed."""
+    for part, pattern in NO_MODEL_HAS.items():
+        names = [name for name in state if re.match(pattern, name)]
+        if names and not has(target, pattern):
+            raise ValueError(f"{where} was trained with {part} ({names[0]}), and the model has none, so it "
+                             "would compute something else; use a file without")
+    if not has(target, r"blocks\.0\."):
+        return
+
+    # parts that a ViT has or not
+    bias, scale, pos = (has(state, pattern) for pattern in PARTS.values())
+    lacking = [part for part, pattern in PARTS.items() if has(state, pattern) and not has(target, pattern)]
+    faults = [f"the model has no {part}" for part in lacking]
     if bias and not pos and has(target, "pos_embed$"):
         faults.append("the file has no position table")
     if has(state, BLOCK_BIAS) and has(target, r"rel_pos_bias\."):
         faults.append("the file has one relative position bias per block, the model shares one")
-    if not faults or not has(target, r"blocks\.0\."):
+    no_class_token = has(target, "cls_token$") and not has(state, "cls_token$")
+    if no_class_token and has(state, r"blocks\.0\."):
+        faults.append("the file has no class token")
+    if not faults:
         return
 
+    # the way out
     options = []
     if bias:
         options.append('rel_pos_bias="block"' + ("" if has(state, BLOCK_BIAS) else ' (or "shared")'))
     if scale:
         options.append("layer_scale=0.1")
     options.append('pos_embed="learned"' if pos else "pos_embed=None")
+    if no_class_token:
+        options.append('class_token=False, pool="mean"')
     raise ValueError(f"{where} does not fit: {', '.join(faults)}; build the model with {', '.join(options)}")
+
+
+QKV_BIAS = r"blocks\.\d+\.attn\.qkv\.bias"
 
 
 def check_match(state, adapted, target, skipped, where):
@@ -306,9 +269,16 @@ def check_match(state, adapted, target, skipped, where):
         raise ValueError(f"{where} lacks {len(absent)} of the model's {len(encoder)} encoder tensors, as "
                          f"{', '.join(absent[:5])}; the file has {shorten(skipped, 5)}; rename its keys, or "
                          "build the model in its size")
+    if has(target, QKV_BIAS) and not has(adapted, QKV_BIAS):
+        raise ValueError(f"{where} has no biases of q, k and v, as files with norms after attention and MLP; "
+                         "if nothing else differs, add zeros under blocks.N.attn.qkv.bias")
     for name, value in adapted.items():
-        if value.shape != target[name].shape:
-            shape, new_shape = tuple(value.shape), tuple(target[name].shape)
+        wanted = target[name]
+        if value.is_floating_point() != wanted.is_floating_point():
+            raise ValueError(f"{name} is {value.dtype} in {where}, {wanted.dtype} in the model; save it as "
+                             "floating-point numbers")
+        if value.shape != wanted.shape:
+            shape, new_shape = tuple(value.shape), tuple(wanted.shape)
             raise ValueError(f"{name} is {shape} in {where}, {new_shape} in the model; build it with the "
                              "file's embed_dim, in_chans, patch_size, mlp_ratio and num_heads")
     extra = [name for name in skipped if re.match(r"(layers\.\d+\.)?blocks\.", name)]
@@ -317,22 +287,23 @@ def check_match(state, adapted, target, skipped, where):
                          "with the file's depth, or delete them from the dict to load the first blocks only")
 
 
-def shorten(names, limit=4):
-    names = list(names)
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return (", ".join(names[:limit]) or "none") + more
-
-
 def source_aspect(file):
     """(height, width) of the images that one of our own checkpoints was trained with, else None."""
     args = file.get("args")  # other codes save a Namespace
     size = args.get("img_size") if isinstance(args, dict) else None
-    return (size, size) if isinstance(size, int) else size and tuple(size)
+    if size is None:
+        return None
+    sides = size if isinstance(size, (list, tuple)) else [size]
+    numbers = [side for side in sides if isinstance(side, int) and side > 0]
+    if len(sides) not in (1, 2) or len(numbers) < len(sides):
+        raise ValueError(f"args.img_size {size!r} of the checkpoint must be one or two whole numbers above "
+                         "0; is the file damaged?")
+    return sides[0], sides[-1]
 
 
 def encoder_options(file):
     """Keyword arguments for a ViT with the parts and tables of a file, as read_checkpoint returns it."""
-    state = convert(find_tensors(file))[1]
+    state = convert(flat_tensors(file))[1]
     options = {}
     first_bias = "blocks.0.attn.relative_position_bias_table"
     if SHARED_BIAS in state:
@@ -344,7 +315,7 @@ def encoder_options(file):
     if "blocks.0.gamma_1" in state:
         options["layer_scale"] = 0.1  # loading replaces it by the file's values
     patch = state.get("patch_embed.proj.weight")
-    if patch is not None and patch.ndim == 4 and patch.shape[2] == patch.shape[3]:
+    if patch is not None and patch.ndim == 4 and patch.shape[2] == patch.shape[3] > 0:
         options["patch_size"] = patch.shape[2]
         for name in ("pos_embed", SHARED_BIAS, first_bias):
             grid = find_grid(name, state[name], source_aspect(file) or (1, 1)) if name in state else None
@@ -359,34 +330,49 @@ def read_checkpoint(path):
     if not path.is_file():
         raise ValueError(f"{path} does not exist or is a directory; pass a file, nothing is downloaded")
     try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-            file = load_file(path)
-        else:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # plain data of MAE and DeiT
-                file = torch.load(path, map_location="cpu", weights_only=True)
+        file = read(path)
     except Exception as error:  # junk bytes can raise nearly anything
         raise ValueError(f"{path} {explain(path, error)}") from error
-    if isinstance(file, dict):
-        return file
-    raise ValueError(f"{path} holds a {type(file).__name__}, not a dict; save model.state_dict()")
+    if not isinstance(file, dict):
+        raise ValueError(f"{path} holds a {type(file).__name__}, not a dict; save model.state_dict()")
+    if not file:
+        raise ValueError(f"{path} holds an empty dict; save model.state_dict()")
+    return file
+
+
+def read(path):
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+        return load_file(path)
+    if path.suffix == ".npz":
+        return read_npz(path)
+    if is_pickle(path):
+        return read_pickle(path)
+    if zipfile.is_zipfile(path):
+        compare_checksums(path)
+    # argparse.Namespace: plain data of MAE and DeiT
+    with torch.serialization.safe_globals([argparse.Namespace, *numpy_globals()]):
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def compare_checksums(path):
+    """torch.load does not; a flipped bit would load as another number. About 1 s per GB."""
+    with zipfile.ZipFile(path) as archive:
+        written = any(record.CRC for record in archive.infolist())  # all 0: torch was told to write none
+        damaged = archive.testzip() if written else None
+    if damaged:
+        raise zipfile.BadZipFile(f"checksum of {damaged}")
 
 
 def explain(path, error):
     """Why a file could not be read, and what to do."""
     if isinstance(error, ImportError):
         return "needs the safetensors package; pip install safetensors"
-    if path.suffix in (".npz", ".npy"):
-        return "is a Flax / NumPy file; load it with timm and torch.save the model's state_dict()"
     if path.stat().st_size == 0:
         return "is empty; download or copy it again"
-    with path.open("rb") as stream:
-        head = stream.read(4096)
-    plain_pickle = re.match(rb"\x80[\x02-\x05](?!\x8a\x0a)", head)  # torch.save adds a number, or a zip
-    if path.suffix in (".pdparams", ".pdopt") or plain_pickle and re.search(b"numpy|paddle", head):
-        return ("is a Paddle pickle; load it in Paddle, turn each array into a torch tensor, transpose the "
-                "Linear weights to [out, in], and torch.save the dict")
-    if plain_pickle or "GLOBAL" in str(error):
+    if isinstance(error, zipfile.BadZipFile) and "checksum" in str(error):
+        return f"is damaged ({error} differs); copy or download it again"
+    if re.search("GLOBAL|allow_pickle", str(error)):
         return ("holds Python objects that could run code on loading, so it was not loaded; if you trust its "
                 "source, save its tensors alone to a new file")
     return f"is not a readable checkpoint ({type(error).__name__}), perhaps cut short; copy it again"

@@ -1,9 +1,10 @@
-"""ResNet: torchvision's, with the handles of this house's other classifiers.
+"""ResNet: torchvision's, with the methods of the other classifiers here.
 
 The convolutional yardstick of the SAM paper. Layers, initialization and parameter names are
-torchvision's, so checkpoints.load_pretrained reads its weights; only the classifier is called `head`,
-as in vit.py and mixer.py, where torchvision says `fc`. The small form for 32 pixels is the CIFAR ResNet: a stem of
-3 x 3 without stride or pooling, and three stages instead of four, each half as fine and twice as wide.
+torchvision's, except for the classifier: `head` as in vit.py and mixer.py, where torchvision says `fc`.
+checkpoints.load_pretrained reads its published weights, classifier included. The small form for 32 pixels is
+the CIFAR ResNet: a stem of 3 x 3 without stride or pooling, and three stages instead of four, each half as
+fine and twice as wide.
 
     h = relu(x + bn conv(relu(bn conv x)))   two 3 x 3 convolutions; x is a 1 x 1 convolution where shapes change    (1)
     h = relu(x + bn conv(relu(bn conv(relu(bn conv x)))))   from ResNet-50 on: 1 x 1 to a quarter, 3 x 3, 1 x 1      (2)

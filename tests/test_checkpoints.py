@@ -1,6 +1,9 @@
 import argparse
 import pickle
 import sys
+import time
+import warnings
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from checkpoints import FORMATS, convert_official, encoder_options, find_window, load_pretrained, read_checkpoint
+from checkpoints import FORMATS, convert_official, encoder_options, find_grid, find_window, load_pretrained
+from checkpoints import read_checkpoint
+from formats import flat_tensors
 from mae import MAE
 from mirl import MIRL
 from mixmim import HierarchicalViT
@@ -563,8 +568,8 @@ def test_renamed_keys_are_refused_with_the_first_five_names_and_the_model_stays_
 
 def test_nine_tenths_of_the_encoder_are_enough_and_less_is_not():
     state = encoder()  # 28 encoder tensors: 2 may be absent, 3 may not
-    del state["blocks.0.attn.qkv.bias"], state["blocks.1.attn.qkv.bias"]
-    assert load_pretrained(vit(), state, verbose=False).missing[:1] == ["blocks.0.attn.qkv.bias"]
+    del state["blocks.0.norm1.bias"], state["blocks.1.norm1.bias"]
+    assert load_pretrained(vit(), state, verbose=False).missing[:1] == ["blocks.0.norm1.bias"]
     del state["blocks.1.attn.proj.bias"]
     assert "lacks 3 of the model's 28" in refusal(load_pretrained, vit(), state)
 
@@ -606,7 +611,11 @@ def test_layer_scale_and_positions_the_model_lacks_are_refused():
 def test_a_q_bias_alone_is_refused():
     state = beit()
     del state["blocks.1.attn.v_bias"]
-    assert "blocks.1.attn.q_bias" in refusal(convert_official, state)
+    assert "blocks.1.attn.q" in refusal(convert_official, state)
+    state = beit()
+    del state["blocks.1.attn.q_bias"]
+    model = vit(rel_pos_bias="shared", num_classes=0, **BEIT)
+    assert "blocks.1.attn.v" in refusal(load_pretrained, model, state)
 
 
 def test_a_dict_without_tensors_is_refused_with_its_keys(tmp_path):
@@ -687,18 +696,6 @@ def test_files_that_are_no_checkpoints_are_refused_in_one_sentence(tmp_path):
     assert "not a dict" in refusal(read_checkpoint, save(tmp_path, torch.zeros(3), "tensor.pth"))
 
 
-@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-def test_paddle_and_flax_files_are_refused_with_what_to_do(tmp_path):
-    arrays = {"model": {"cls_token": np.zeros((1, 1, 16), np.float32)}, "StructuredToParameterName@@": {}}
-    for name in ("mirl.pdparams", "mirl.pth"):  # also under another name
-        for protocol in (2, 4):
-            (tmp_path / name).write_bytes(pickle.dumps(arrays, protocol=protocol))
-            message = refusal(read_checkpoint, tmp_path / name)
-            assert "Paddle" in message and "[out, in]" in message, message
-    np.savez(tmp_path / "vit.npz", cls=np.zeros(3))
-    assert "timm" in refusal(read_checkpoint, tmp_path / "vit.npz")
-
-
 def test_safetensors_load_when_installed_and_name_the_install_when_not(tmp_path, monkeypatch):
     path = tmp_path / "vit.safetensors"
     path.write_bytes(b"x")
@@ -710,3 +707,155 @@ def test_safetensors_load_when_installed_and_name_the_install_when_not(tmp_path,
     model = vit()
     assert not load_pretrained(model, path, verbose=False).missing
     assert_same(model.state_dict(), encoder() | head())
+
+
+# ---- damaged and crafted files
+
+
+def test_every_flipped_bit_of_a_record_is_noticed(tmp_path):
+    path = save(tmp_path, {"model": encoder(), "args": {"img_size": [16, 16]}})
+    whole = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        records = [record for record in archive.infolist() if record.file_size > 8]
+    for record in records:
+        names = int.from_bytes(whole[record.header_offset + 26:record.header_offset + 28], "little")
+        extra = int.from_bytes(whole[record.header_offset + 28:record.header_offset + 30], "little")
+        damaged = bytearray(whole)
+        damaged[record.header_offset + 30 + names + extra + record.file_size // 2] ^= 4
+        path.write_bytes(damaged)
+        message = refusal(read_checkpoint, path)
+        assert "damaged" in message and record.filename in message and str(path) in message
+    path.write_bytes(whole)
+    assert_same(read_checkpoint(path)["model"], encoder())
+
+
+def test_files_that_torch_was_told_to_write_without_checksums_load(tmp_path):
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = save(tmp_path, encoder())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same(read_checkpoint(path), encoder())
+
+
+def test_an_empty_dict_is_refused(tmp_path):
+    assert "empty" in refusal(read_checkpoint, save(tmp_path, {}))
+    assert "no tensors" in refusal(load_pretrained, vit(), {})
+
+
+def quantized(weight):
+    with warnings.catch_warnings():  # torch will drop quantized tensors one day
+        warnings.simplefilter("ignore")
+        return torch.quantize_per_tensor(weight, 0.1, 0, torch.qint8)
+
+
+def nested(weight):
+    return torch.nested.nested_tensor([weight, weight])
+
+
+def with_a_number(number):
+    def changed(weight):
+        weight = weight.clone()
+        weight.view(-1)[3] = number
+        return weight
+
+    return changed
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|beta state|quantized).*")
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_a_number(float("nan")),
+        with_a_number(float("inf")),
+        with_a_number(-float("inf")),
+        lambda weight: with_a_number(float("inf"))(weight.half()),
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to_sparse_csr(),
+        quantized,
+        nested,
+        lambda weight: weight.to("meta"),
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: weight > 0,
+        lambda weight: weight.to(torch.int8),
+        lambda weight: weight[:1, :1].clone().expand(weight.shape),
+        lambda weight: weight[0, 0],
+        lambda weight: weight[0],
+        lambda weight: weight[:, :0],
+    ],
+)
+@pytest.mark.parametrize("name", ["blocks.0.attn.proj.weight", "pos_embed"])
+def test_a_tensor_that_is_no_dense_finite_matrix_of_numbers_is_refused_by_name(change, name):
+    model = vit()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    state = encoder() | head()
+    state[name] = change(state[name])
+    assert name in refusal(load_pretrained, model, {"model": state})
+    assert_same(model.state_dict(), before)
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (52,), (0, 2), (52, 2, 1)])
+def test_a_bias_table_without_the_axes_of_one_is_refused(shape):
+    state = beit() | {"rel_pos_bias.relative_position_bias_table": torch.zeros(shape)}
+    for call in (convert_official, encoder_options):
+        assert "relative_position_bias_table" in refusal(call, state)
+    model = vit(rel_pos_bias="shared", num_classes=0, **BEIT)
+    assert "relative_position_bias_table" in refusal(load_pretrained, model, state)
+
+
+def test_other_shapes_of_q_bias_and_v_bias_and_of_distilled_positions_are_refused():
+    for value in (torch.zeros(()), torch.zeros(8), torch.zeros(16, 1)):
+        assert "blocks.0.attn.q" in refusal(convert_official, beit() | {"blocks.0.attn.v_bias": value})
+    distilled = encoder(prefix=2) | {"dist_token": torch.zeros(1, 1, 16), "pos_embed": torch.zeros(16)}
+    assert "pos_embed" in refusal(convert_official, distilled)
+
+
+def test_a_table_of_a_billion_rows_in_four_bytes_is_refused_at_once(tmp_path):
+    table = torch.zeros(1, 2).expand(10**9, 2)
+    state = beit() | {"rel_pos_bias.relative_position_bias_table": table}
+    path = save(tmp_path, {"model": state})
+    start = time.monotonic()
+    assert "relative_position_bias_table" in refusal(encoder_options, read_checkpoint(path))
+    assert "relative_position_bias_table" in refusal(load_pretrained, vit(), path)
+    positions = {"pos_embed": torch.zeros(1, 1, 1).expand(1, 10**14, 16)}
+    assert "pos_embed" in refusal(load_pretrained, vit(), encoder() | positions)
+    assert time.monotonic() - start < 1
+
+
+def test_a_large_table_that_is_no_square_is_seen_in_no_time():
+    start = time.monotonic()
+    assert find_grid("relative_position_bias_table", torch.zeros(10**8, 1, dtype=torch.int8), (1, 1)) is None
+    assert time.monotonic() - start < 1
+
+
+def test_a_dict_that_holds_itself_is_refused():
+    file = {"epoch": 3}
+    file["model"] = file
+    assert "no tensors" in refusal(load_pretrained, vit(), file)
+    inner = encoder()
+    inner["model"] = inner  # at its innermost it is a state dict
+    assert_same(convert_official(flat_tensors(inner)), encoder())
+
+
+@pytest.mark.parametrize(
+    "size", ["32", 0, [0, 0], -1, 32.0, torch.tensor(32), [32, 32, 32], [], [32, "32"], [32, None], {}]
+)
+def test_an_image_size_that_is_none_is_refused(size):
+    file = {"model": encoder(), "args": {"img_size": size}}
+    assert "img_size" in refusal(load_pretrained, vit(), file)
+    assert "img_size" in refusal(encoder_options, file)
+
+
+@pytest.mark.parametrize("size", [16, [16], (16, 16), [16, 16], None])
+def test_image_sizes_as_flags_and_models_write_them_are_accepted(size):
+    report = load_pretrained(vit(), {"model": encoder(), "args": {"img_size": size}}, verbose=False)
+    assert not report.resized
+
+
+def test_a_file_without_a_class_token_does_not_leave_the_models_at_random():
+    state = encoder(prefix=0)
+    del state["cls_token"]
+    message = refusal(load_pretrained, vit(), state)
+    assert 'class_token=False, pool="mean"' in message
+    report = load_pretrained(vit(class_token=False, pool="mean"), state, verbose=False)
+    assert "pos_embed" in report.loaded
