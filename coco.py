@@ -11,18 +11,17 @@ nor miss in evaluation. Predicted masks are kept run-length encoded, a few hundr
 
 Source: COCO, Lin et al. 2014, arXiv 1405.0312; large-scale jitter: Ghiasi et al. 2020, arXiv 2012.07177, with
 the range of Li et al. 2021, arXiv 2111.11429. Written from the papers.
-Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, shapes.py.
+Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, schema.py, shapes.py.
 Demo: python coco.py (10 s on a CPU) measures the truth against itself, shifted by a few pixels.
 """
 
 import contextlib
 import io
-import json
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image  # comes with torchvision
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection.transform import resize_boxes
@@ -30,7 +29,9 @@ from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, masks_to_
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, seeded
+import schema
+from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, read_image, seeded
+from schema import shown
 
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # pycocotools' first six figures
 
@@ -44,16 +45,20 @@ class CocoImages:
     sample(i) -> image uint8 (3, H, W), target of boxes (n, 4) x1 y1 x2 y2, labels (n,) 1..K, masks (n, H, W).
     ids are the category ids of labels 1..K, classes their names. Objects without width or height, of which the
     official files have a few, are left out. class_agnostic: one category, "object", also in the truth.
+    masks False: for files with boxes only; the masks of sample(i) are the boxes, and there is no mask AP.
     """
 
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __init__(self, root, split="train2017", class_agnostic=False):
+    def __init__(self, root, split="train2017", class_agnostic=False, masks=True):
         _, coco, _ = need_pycocotools()
-        self.folder = Path(root) / split
+        self.folder, self.masks = Path(root) / split, masks
         file = Path(root) / "annotations" / f"instances_{split}.json"
-        content = read_annotations(file, self.folder)
+        if not file.is_file():
+            raise ValueError(f"data-path {str(root)!r} has no annotations/{file.name}; expected COCO's layout")
+        content = schema.read_coco(file, masks)
+        check_images(content["images"], self.folder, file.name)
         if class_agnostic:
             content["categories"] = [dict(id=1, name="object")]
             for entry in content["annotations"]:
@@ -75,39 +80,29 @@ class CocoImages:
 
     def sample(self, i):
         # image
-        name, entry = self.name(i), self.coco.imgs[self.image_ids[i]]
-        try:
-            with Image.open(self.folder / name) as image:
-                image = v2.functional.pil_to_tensor(image.convert("RGB"))
-        except BROKEN as error:
-            raise ValueError(f"cannot read {self.folder / name} ({error}); repair it or drop its entry") from None
+        name, info = self.name(i), self.coco.imgs[self.image_ids[i]]
+        image = read_image(self.folder / name)
         height, width = image.shape[-2:]
-        if (height, width) != (entry["height"], entry["width"]):
-            raise ValueError(f"{name}: the image is {height}x{width}, the annotations say "
-                             f"{entry['height']}x{entry['width']}; resize one of them")
+        if (height, width) != (info["height"], info["width"]):
+            raise ValueError(f"{shown(name)}: the image is {height}x{width} (turned upright where EXIF says so), the "
+                             f"annotations say {info['height']}x{info['width']}; resize one of them")
 
         # boxes; published ones may reach a fraction of a pixel beyond the image
         entries = [entry for entry in self.coco.imgToAnns[self.image_ids[i]] if not entry["iscrowd"]]
         boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).view(-1, 4)
-        boxes = box_convert(boxes, "xywh", "xyxy")
-        clipped = clip_boxes_to_image(boxes, (height, width))
-        boxes = torch.where((boxes - clipped).abs() <= 1, clipped, boxes)
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width))
 
         # labels and masks
         labels = [self.ids.index(entry["category_id"]) + 1 for entry in entries]
         masks = torch.zeros(len(entries), height, width, dtype=torch.uint8)
         for k, entry in enumerate(entries):
-            masks[k] = self.decode(entry, name)
+            if self.masks:
+                masks[k] = torch.from_numpy(self.coco.annToMask(entry))
+            else:
+                left, top, right, bottom = boxes[k].round().int().tolist()
+                masks[k, top:bottom, left:right] = 1
         target = dict(boxes=boxes, labels=torch.tensor(labels, dtype=torch.long), masks=masks)
         return image, select(target, (boxes[:, 2:] > boxes[:, :2]).all(dim=1))
-
-    def decode(self, entry, name):
-        """The mask (H, W) of an annotation."""
-        try:
-            return torch.from_numpy(self.coco.annToMask(entry))
-        except Exception as error:  # pycocotools raises bare ones
-            raise ValueError(f"{name}: the segmentation of annotation {entry['id']} is neither polygons nor run "
-                             f"lengths ({error}); repair or drop it") from None
 
     def truth(self):
         """pycocotools' COCO, crowds included."""
@@ -241,6 +236,7 @@ def coco_evaluate(
     ids,  # the category ids of labels 1, 2, ...
     device="cpu", progress=False,
     image_ids=None,  # the images of truth that count; None: all
+    kinds=("box", "mask"),  # masks are judged where the model predicts them
 ):
     """{"box_ap": ..., "box_ap50", ..., "mask_ap", ...}: fractions, the same in every process; -1 without objects.
 
@@ -271,9 +267,9 @@ def coco_evaluate(
         boxes = sum(share[2] for share in shares)
     results.sort(key=lambda result: (result["image_id"], -result["score"], result["bbox"]))
     metrics = {"proposal_recall": covered / boxes} if boxes else {}
-    metrics |= average_precision(results, truth, "box", image_ids)
-    if not results or "segmentation" in results[0]:
-        metrics |= average_precision(results, truth, "mask", image_ids)
+    for kind in kinds:
+        if kind == "box" or not results or "segmentation" in results[0]:
+            metrics |= average_precision(results, truth, kind, image_ids)
     return metrics
 
 
@@ -346,40 +342,13 @@ def quietly(function, *args):
         return function(*args)
 
 
-def read_annotations(file, folder):
-    """The content of an annotation file; ValueError names the first entry that does not fit."""
-    if not file.is_file():
-        raise ValueError(f"data-path {str(folder.parent)!r} has no annotations/{file.name}; expected COCO's layout")
-    try:
-        content = json.loads(file.read_text())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        sizes = [(image["height"], image["width"]) for image in content["images"]]
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        annotations = content["annotations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no COCO annotation file ({type(error).__name__}: {error})") from None
-    missing = [name for name in names.values() if not (folder / name).is_file()]
+def check_images(images, folder, file):
+    """ValueError unless every image of the file is there."""
+    names = [image["file_name"] for image in images]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(sizes)} images of {file.name}, first {missing[0]}")
-    for entry in annotations:
-        entry.setdefault("iscrowd", 0)
-        fault = find_fault(entry, names, categories)
-        if fault:
-            raise ValueError(f"{file.name}: annotation {entry.get('id')} {fault}; correct or drop it")
-    return content
-
-
-def find_fault(entry, names, categories):
-    """What is wrong with an annotation, or None."""
-    for key in ("id", "image_id", "category_id", "bbox", "area", "segmentation"):
-        if entry.get(key) in (None, []):
-            return f"has no {key}"
-    if entry["image_id"] not in names:
-        return f"has image_id {entry['image_id']}, which is no image of the file"
-    if entry["category_id"] not in categories:
-        return f"has category_id {entry['category_id']}, which is no category of the file"
-    if len(entry["bbox"]) != 4:
-        return f"has bbox {entry['bbox']} instead of [x, y, width, height]"
+        raise ValueError(f"{shown(folder)} lacks {len(missing)} of {len(names)} images of {file}, first "
+                         f"{shown(missing[0])}")
 
 
 def check_target(image, target, num_classes, name="image"):

@@ -9,31 +9,38 @@ anywhere continues exactly: there is no generator whose state could get lost. To
 the batch sampler hands out keys (epoch, index) instead of bare indices.
 
 Sets: shapes (generated, shapes.py), cifar10, cifar100, and folder: train/ and val/ (or
-test/) with a folder per class. Augmentations are lists of torchvision v2 transforms.
+test/) with a folder per class, or, without labels, any folder of images. Augmentations are lists of
+torchvision v2 transforms.
 
 Source: augmentations as published with MAE (arXiv 2111.06377), the ViT / SAM experiments
 (arXiv 2106.01548) and pad-and-crop for 32 px images. Written from the papers.
-Needs: torch, torchvision, tqdm; shapes.py.
+Needs: torch, torchvision, tqdm; schema.py, shapes.py.
 Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
 """
 
+import math
 import os
 import signal
+import struct
+import warnings
 from contextlib import contextmanager
 
 import torch
-from PIL import Image  # comes with torchvision
+from PIL import Image, ImageOps  # comes with torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
+from schema import check_regular, shown
 from shapes import Shapes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("none", "padcrop", "mae", "inception", "strong")
 CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once, into one uint8 tensor
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # PIL would also run Ghostscript on a PostScript file
+# what PIL raises on broken files
+BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 # ---------------------------------------------------------------------------- randomness and order
@@ -191,8 +198,66 @@ class FitSize(torch.nn.Module):
         if tuple(image.shape[-2:]) == self.img_size:
             return image
         scale = 8 / 7 * max(height / image.shape[-2], width / image.shape[-1])
+        # of a long strip only the middle is resized: the crop shows no more, and all of it may not fit in memory
+        middle = [min(side, math.ceil(16 * crop / scale)) for side, crop in zip(image.shape[-2:], self.img_size)]
+        if middle != list(image.shape[-2:]):
+            image = v2.functional.center_crop(image, middle)
         size = [round(image.shape[-2] * scale), round(image.shape[-1] * scale)]
         return self.crop(v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True))
+
+
+# ---------------------------------------------------------------------------- image files
+
+
+@contextmanager
+def open_picture(path):
+    """A PIL image of a regular file in one of FORMATS, decoded; ValueError names the file and says what is wrong."""
+    try:
+        check_regular(path)
+        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
+            warnings.simplefilter("ignore")  # of odd metadata: it would stand beside the sentence
+            picture.load()
+            yield picture
+    except BROKEN as error:
+        reason = shown(str(error).splitlines()[0]) if str(error) else type(error).__name__
+        raise ValueError(f"cannot read image {shown(path)} ({reason}); repair or remove it") from None
+
+
+def read_image(path):
+    """An image file -> uint8 (3, H, W): upright as EXIF says, transparent parts on white, gray as three channels."""
+    with open_picture(path) as picture:
+        turn_upright(picture)
+        if picture.mode.startswith(("I", "F")):
+            return to_bytes(picture).expand(3, -1, -1)
+        if "A" in picture.getbands() or "transparency" in picture.info:
+            picture = picture.convert("RGBA")
+            page = Image.new("RGBA", picture.size, "white")
+            page.alpha_composite(picture)
+            picture = page
+        return v2.functional.pil_to_tensor(picture.convert("RGB"))
+
+
+def turn_upright(picture):
+    try:
+        ImageOps.exif_transpose(picture, in_place=True)
+    except Exception:  # broken EXIF raises anything; the pixels are whole
+        pass
+
+
+def to_bytes(picture):
+    """Gray of more than 8 bits -> uint8 (1, H, W); PIL would cut off what is above 255."""
+    if picture.mode != "F":
+        picture = picture.convert("I")
+    gray = v2.functional.pil_to_tensor(picture)
+    low, high = gray.min().item(), gray.max().item()
+
+    # 16 bits: the upper eight
+    if picture.mode == "I" and 0 <= low <= high < 1 << 16:
+        return (gray >> 8).to(torch.uint8)
+    # floats: 0..1, or 0..255 as they are
+    if picture.mode == "F" and 0 <= low <= high <= 255:
+        return (gray * (255 if high <= 1 else 1)).round().to(torch.uint8)
+    raise ValueError(f"its values lie in {low:g}..{high:g}; rescale them to 0..1 (floats) or 0..65535 (integers)")
 
 
 # ---------------------------------------------------------------------------- image sets
@@ -263,28 +328,27 @@ class Cifar(Dataset):
 
 
 class Folder(Dataset):
-    """root/train and root/val (or root/test), a folder per class; grayscale becomes RGB.
+    """root/train and root/val (or root/test), a folder per class. Hidden files and folders do not count.
 
+    labeled False: all images at any depth below root/train (or root, if there is no train/), label 0.
     A broken file is a ValueError with its path, or, with skip_bad, is reported, counted (`bad`) and replaced by
     the next one. Small sets of equal-sized images are decoded once (`cache`), here only the `wanted` indices.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, root, train, skip_bad=False):
+    def __init__(self, root, train, skip_bad=False, labeled=True):
         names = ["train"] if train else ["val", "test"]
-        path = next((p for p in (os.path.join(root, name) for name in names) if os.path.isdir(p)), None)
+        paths = [os.path.join(root, name) for name in names]
+        if train and not labeled:
+            paths.append(root)
+        path = next((path for path in paths if os.path.isdir(path)), None)
         if path is None:
-            raise ValueError(
-                f"data-path {root!r} has no folder {' or '.join(names)}/; expected {names[0]}/CLASS/image.jpg"
-            )
-        try:
-            found = datasets.ImageFolder(path)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"data-path {path!r} does not hold a folder of images per class: {str(error).splitlines()[0]}"
-            ) from None
-        self.samples, self.classes, self.skip_bad, self.cached = found.samples, found.classes, skip_bad, None
+            raise ValueError(f"data-path {root!r} has no folder {' or '.join(names)}/; expected "
+                             f"{names[0]}/CLASS/image.jpg")
+
+        self.samples, self.classes = list_images(path, labeled)
+        self.skip_bad, self.cached = skip_bad, None
         self.bad = torch.zeros(
             len(self.samples), dtype=torch.bool
         ).share_memory_()  # loading processes count here too
@@ -294,18 +358,10 @@ class Folder(Dataset):
 
     def read(self, i):
         try:
-            with Image.open(self.samples[i][0]) as image:
-                if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight, PIL would clip
-                    gray = v2.functional.pil_to_tensor(image).to(torch.int32)
-                    return ((gray & 0xFFFF) >> 8).to(torch.uint8).expand(3, -1, -1)
-                return v2.functional.pil_to_tensor(image.convert("RGB"))
-        except BROKEN as error:
+            return read_image(self.samples[i][0])
+        except ValueError as error:
             if not self.skip_bad:
-                raise ValueError(
-                    f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, "
-                    f"or add "
-                    "--skip-bad"
-                ) from None
+                raise ValueError(f"{error}, or add --skip-bad") from None
             self.bad[i] = True
             return None
 
@@ -316,9 +372,8 @@ class Folder(Dataset):
         for j in range(i, i + len(self)):  # the first readable one from here on
             if (image := self.read(j % len(self))) is not None:
                 if j != i:
-                    tqdm.write(
-                        f"skipped unreadable image {self.samples[i][0]}, used {self.samples[j % len(self)][0]}"
-                    )
+                    used = shown(self.samples[j % len(self)][0])
+                    tqdm.write(f"skipped unreadable image {shown(self.samples[i][0])}, used {used}")
                 return image, self.samples[j % len(self)][1]
         raise ValueError(f"none of the {len(self)} images can be read")
 
@@ -340,6 +395,27 @@ class Folder(Dataset):
         return True
 
 
+def list_images(path, labeled):
+    """-> [(file, label)] in order, and the classes: the folders in path, or one for all files at any depth."""
+
+    def is_image(file):
+        hidden = os.sep + "." in file[len(path):]
+        return not hidden and datasets.folder.is_image_file(file)
+
+    classes = [""]
+    if labeled:
+        classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        if not classes:
+            raise ValueError(f"data-path {path!r} does not hold a folder of images per class; only --task pretrain "
+                             "takes images without labels")
+    numbers = {name: label for label, name in enumerate(classes)}
+    try:
+        return datasets.folder.make_dataset(path, numbers, is_valid_file=is_image), classes
+    except FileNotFoundError as error:
+        empty = str(error).splitlines()[0] if labeled else "no image file below it"
+        raise ValueError(f"data-path {path!r} holds no images: {empty}") from None
+
+
 class Scenes:
     """The generated scenes of shapes.py, one by one, for boxes (coco.py) and labels per pixel (semantic.py)."""
 
@@ -354,12 +430,15 @@ class Scenes:
         return f"scene {i}"
 
 
-def open_source(name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded"):
+def open_source(
+    name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded", labeled=True
+):
     """The image set `name` ("shapes", "cifar10", "cifar100", "folder").
 
     It has len, [i] -> (uint8 image, label), classes, mean, std.
 
     size and scenes are for shapes: training scenes, a quarter of them for validation; simple or crowded.
+    labeled is for folders: False takes any folder of images.
     """
     if name == "shapes":
         return Shapes(size if train else max(1, size // 4), img_size, seed, train, scenes)
@@ -368,7 +447,7 @@ def open_source(name, path, train, img_size, size=4096, seed=0, download=False, 
     if name in ("cifar10", "cifar100"):
         return Cifar(name, path, train, download)
     if name == "folder":
-        return Folder(path, train, skip_bad)
+        return Folder(path, train, skip_bad, labeled)
     raise ValueError(f"data {name!r} is unknown; choose shapes, cifar10, cifar100 or folder")
 
 
