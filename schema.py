@@ -61,13 +61,12 @@ def read_text(file):
 def read_json(file):
     """The dict in a JSON file, with polygons packed."""
     text = read_text(file)
-    with uncollected():
-        try:
-            content = json.loads(text, object_hook=pack_polygons)
-        except RecursionError:
-            raise ValueError(f"{shown(file)} is nested too deep for an annotation file; restore it") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{shown(file)} is no JSON ({error}); restore it") from None
+    try:
+        content = json.loads(text, object_hook=pack_polygons)
+    except RecursionError:
+        raise ValueError(f"{shown(file)} is nested too deep for an annotation file; restore it") from None
+    except ValueError as error:
+        raise ValueError(f"{shown(file)} is no JSON ({error}); restore it") from None
     if not isinstance(content, dict):
         raise ValueError(f"{shown(file)} holds {brief(content)} instead of an object with lists; restore it")
     return content
@@ -114,6 +113,7 @@ def brief(value):
 # ---------------------------------------------------------------------------- COCO
 
 
+@uncollected()
 def read_coco(file, masks=True):
     """The content of an annotation file: images, categories and annotations, checked.
 
@@ -130,9 +130,8 @@ def read_coco(file, masks=True):
     # annotations refer to both
     sizes = {image["id"]: (image["height"], image["width"]) for image in images}
     known = {category["id"] for category in categories}
-    with uncollected():
-        check = partial(check_annotation, sizes=sizes, categories=known, masks=masks)
-        annotations = check_list(file, content, "annotations", check)
+    check = partial(check_annotation, sizes=sizes, categories=known, masks=masks)
+    annotations = check_list(file, content, "annotations", check)
     for number, entry in enumerate(annotations, start=1):
         entry["id"] = number
     return dict(images=images, categories=categories, annotations=annotations)
@@ -188,16 +187,15 @@ def check_annotation(entry, sizes, categories, masks):
             raise ValueError(f"has {key} {brief(entry.get(key))}, which is none of the file")
     height, width = sizes[entry["image_id"]]
 
-    # (2)
-    box = entry.get("bbox")
+    # (2); comparisons with NaN are false
+    box, inside = entry.get("bbox"), False
     try:
-        x, y, w, h = array("d", box)
+        x, y, w, h = box
+        inside = -ROOM <= x <= x + w <= width + ROOM and -ROOM <= y <= y + h <= height + ROOM
     except (TypeError, ValueError, OverflowError):
-        raise ValueError(f"has bbox {brief(box)} instead of the numbers [x, y, width, height]") from None
-    inside = -ROOM <= x <= x + w <= width + ROOM and -ROOM <= y <= y + h <= height + ROOM  # not of NaN
+        pass  # not four, or no numbers
     if not inside:
-        raise ValueError(f"has bbox {brief(box)}, which must lie inside {width}x{height} pixels as [x, y, width, height]")
-    entry["bbox"] = [x, y, w, h]
+        raise ValueError(f"has bbox {brief(box)} instead of [x, y, width, height] inside {width}x{height} pixels")
 
     # area and crowd; an area of 0 is found in published files
     check_number(entry, "area", 0, LARGEST)
