@@ -41,6 +41,7 @@ CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once,
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # PIL would also run Ghostscript on a PostScript file
 # what PIL raises on broken files
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata in files that are read all the same
 
 
 # ---------------------------------------------------------------------------- randomness and order
@@ -214,8 +215,7 @@ def open_picture(path):
     """A PIL image of a regular file in one of FORMATS, decoded; ValueError names the file and says what is wrong."""
     try:
         check_regular(path)
-        with warnings.catch_warnings(), Image.open(path, formats=FORMATS) as picture:
-            warnings.simplefilter("ignore")  # of odd metadata: it would stand beside the sentence
+        with Image.open(path, formats=FORMATS) as picture:
             picture.load()
             yield picture
     except BROKEN as error:
