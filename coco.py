@@ -11,7 +11,8 @@ nor miss in evaluation. Predicted masks are kept run-length encoded, a few hundr
 
 Source: COCO, Lin et al. 2014, arXiv 1405.0312; large-scale jitter: Ghiasi et al. 2020, arXiv 2012.07177, with
 the range of Li et al. 2021, arXiv 2111.11429. Written from the papers.
-Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, schema.py, shapes.py.
+Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, files.py, schema.py,
+shapes.py.
 Demo: python coco.py (10 s on a CPU) measures the truth against itself, shifted by a few pixels.
 """
 
@@ -30,8 +31,8 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 import schema
-from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, read_image, seeded
-from schema import shown
+from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, seeded
+from files import read_image, shown
 
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # pycocotools' first six figures
 

@@ -14,34 +14,27 @@ torchvision v2 transforms.
 
 Source: augmentations as published with MAE (arXiv 2111.06377), the ViT / SAM experiments
 (arXiv 2106.01548) and pad-and-crop for 32 px images. Written from the papers.
-Needs: torch, torchvision, tqdm; schema.py, shapes.py.
+Needs: torch, torchvision, tqdm; files.py, shapes.py.
 Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
 """
 
 import math
 import os
 import signal
-import struct
-import warnings
 from contextlib import contextmanager
 
 import torch
-from PIL import Image, ImageOps  # comes with torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from schema import check_regular, shown
+from files import read_image, shown
 from shapes import Shapes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 AUGMENTATIONS = ("none", "padcrop", "mae", "inception", "strong")
 CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once, into one uint8 tensor
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # PIL would also run Ghostscript on a PostScript file
-# what PIL raises on broken files
-BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata in files that are read all the same
 
 
 # ---------------------------------------------------------------------------- randomness and order
@@ -71,19 +64,12 @@ class TrainBatches:
     """
 
     def __init__(self, num_samples, batch_size, seed, rank=0, world=1):
-        self.num_samples, self.batch_size, self.seed, self.rank, self.world = (
-            num_samples,
-            batch_size,
-            seed,
-            rank,
-            world,
-        )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world = rank, world
         self.epoch = self.start = 0
         if len(self) == 0:
-            raise ValueError(
-                f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training images; "
-                f"use at most {num_samples // world}"
-            )
+            raise ValueError(f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training "
+                             f"images; use at most {num_samples // world}")
 
     def __len__(self):
         return self.num_samples // (self.batch_size * self.world)
@@ -207,59 +193,6 @@ class FitSize(torch.nn.Module):
         return self.crop(v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True))
 
 
-# ---------------------------------------------------------------------------- image files
-
-
-@contextmanager
-def open_picture(path):
-    """A PIL image of a regular file in one of FORMATS, decoded; ValueError names the file and says what is wrong."""
-    try:
-        check_regular(path)
-        with Image.open(path, formats=FORMATS) as picture:
-            picture.load()
-            yield picture
-    except BROKEN as error:
-        reason = shown(str(error).splitlines()[0]) if str(error) else type(error).__name__
-        raise ValueError(f"cannot read image {shown(path)} ({reason}); repair or remove it") from None
-
-
-def read_image(path):
-    """An image file -> uint8 (3, H, W): upright as EXIF says, transparent parts on white, gray as three channels."""
-    with open_picture(path) as picture:
-        turn_upright(picture)
-        if picture.mode.startswith(("I", "F")):
-            return to_bytes(picture).expand(3, -1, -1)
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            page = Image.new("RGBA", picture.size, "white")
-            page.alpha_composite(picture)
-            picture = page
-        return v2.functional.pil_to_tensor(picture.convert("RGB"))
-
-
-def turn_upright(picture):
-    try:
-        ImageOps.exif_transpose(picture, in_place=True)
-    except Exception:  # broken EXIF raises anything; the pixels are whole
-        pass
-
-
-def to_bytes(picture):
-    """Gray of more than 8 bits -> uint8 (1, H, W); PIL would cut off what is above 255."""
-    if picture.mode != "F":
-        picture = picture.convert("I")
-    gray = v2.functional.pil_to_tensor(picture)
-    low, high = gray.min().item(), gray.max().item()
-
-    # 16 bits: the upper eight
-    if picture.mode == "I" and 0 <= low <= high < 1 << 16:
-        return (gray >> 8).to(torch.uint8)
-    # floats: 0..1, or 0..255 as they are
-    if picture.mode == "F" and 0 <= low <= high <= 255:
-        return (gray * (255 if high <= 1 else 1)).round().to(torch.uint8)
-    raise ValueError(f"its values lie in {low:g}..{high:g}; rescale them to 0..1 (floats) or 0..65535 (integers)")
-
-
 # ---------------------------------------------------------------------------- image sets
 
 
@@ -313,10 +246,8 @@ class Cifar(Dataset):
         try:
             data = make(root, train=train, download=download)
         except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+            raise ValueError(f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
+                             f"({str(error).splitlines()[0]})") from None
         self.images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         self.labels, self.classes = data.targets, data.classes
 
@@ -349,9 +280,8 @@ class Folder(Dataset):
 
         self.samples, self.classes = list_images(path, labeled)
         self.skip_bad, self.cached = skip_bad, None
-        self.bad = torch.zeros(
-            len(self.samples), dtype=torch.bool
-        ).share_memory_()  # loading processes count here too
+        # loading processes count here too
+        self.bad = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.samples)
@@ -383,9 +313,8 @@ class Folder(Dataset):
         if first.numel() * len(wanted) > CACHE_BYTES:
             return False
         images, labels = torch.empty((len(wanted), *first.shape), dtype=torch.uint8), []
-        for row, i in enumerate(
-            tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)
-        ):
+        bar = tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)
+        for row, i in enumerate(bar):
             image, label = self[i]
             if image.shape != first.shape:
                 return False
@@ -484,10 +413,8 @@ if __name__ == "__main__":
     save_grid("data_demo.png", columns)
     data = Images(source, augmentation("mae", (64, 64), source.mean, source.std), noise_size=16)
     again, later = (torch.equal(data[0, 3][0], data[epoch, 3][0]) for epoch in (0, 1))
-    print(
-        f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} (expect "
-        f"False)"
-    )
+    print(f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} "
+          "(expect False)")
     mean, std = channel_statistics(source)
     print(f"statistics of these 8 scenes: mean {[round(m, 2) for m in mean]}, std {[round(s, 2) for s in std]}")
     order = TrainBatches(8, batch_size=2, seed=0, rank=1, world=2)

@@ -15,47 +15,26 @@ count m - 2, in groups of five bits, the lowest first,
     chr(48 + 32 * (another group follows) + bits), the highest bit of the last group is the sign          (5)
 
 Source: the data format on cocodataset.org; (5) as in pycocotools' rleFrString. Written from both.
-Needs: nothing but Python.
+Needs: files.py.
 Demo: python schema.py (at once) damages a small file in some ways and prints what is said about them.
 """
 
 import gc
 import json
 import math
-import os
 import reprlib
 from array import array
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+from files import read_text, shown
+
 LARGEST = 2**31  # pixels of an image; pycocotools counts them in 32 bits
 ROOM = 1  # pixels that a box may reach beyond the image: published ones do, by a fraction
 
 
-# ---------------------------------------------------------------------------- files
-
-
-def shown(path):
-    """A path as one line that any terminal can print: line breaks and bytes that are not UTF-8 are escaped."""
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in str(path))
-
-
-def check_regular(path):
-    """ValueError for what would block when it is opened (a pipe, a socket) or never end (a device)."""
-    if os.path.exists(path) and not os.path.isfile(path):
-        raise ValueError(f"{shown(path)} is no regular file")
-
-
-def read_text(file):
-    """The text of a file in UTF-8."""
-    check_regular(file)
-    try:
-        return Path(file).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(file)} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {shown(file)} ({error.strerror})") from None
+# ---------------------------------------------------------------------------- JSON
 
 
 def read_json(file):

@@ -10,7 +10,7 @@ reaches beyond the scene, the image gets the mean color and the labels 255: such
 
 Source: ADE20K, Zhou et al. 2016, arXiv 1608.05442; COCO's panoptic classes, Kirillov et al. 2018,
 arXiv 1801.00868; resized and cropped as mmsegmentation does. Written from the papers.
-Needs: torch, torchvision, tqdm; data.py, schema.py, shapes.py.
+Needs: torch, torchvision, tqdm; data.py, files.py, schema.py, shapes.py.
 Demo: python semantic.py (a few seconds) saves semantic_demo.png: scenes, and what training sees of them.
 """
 
@@ -25,8 +25,8 @@ from torchvision.transforms import v2
 
 import schema
 import shapes
-from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, open_picture, read_image, seeded
-from schema import shown
+from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, seeded
+from files import open_picture, read_image, read_text, shown
 from shapes import Shapes
 
 IGNORE = 255
@@ -138,7 +138,7 @@ def read_ade(root):
     file, ids = root / "objectInfo150.txt", list(range(1, 151))
     if not file.is_file():
         return ids, [f"class {k}" for k in ids]
-    lines = [line for line in schema.read_text(file).splitlines()[1:] if line.strip()]
+    lines = [line for line in read_text(file).splitlines()[1:] if line.strip()]
     names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
     if len(names) != len(ids):
         raise ValueError(f"{file} names {len(names)} classes below its headline, not 150; restore or remove it")

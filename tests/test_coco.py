@@ -9,7 +9,7 @@ from torchvision.transforms.functional import to_pil_image
 pytest.importorskip("pycocotools")
 
 import coco
-from coco import check_target, CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter, make_truth
+from coco import CocoImages, Detections, ShapeScenes, check_target, coco_evaluate, large_scale_jitter, make_truth
 from data import as_lists
 
 

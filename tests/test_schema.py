@@ -200,8 +200,3 @@ def test_a_file_that_is_no_annotation_file_is_named_in_one_sentence(tmp_path, ma
 def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path):
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(content()).encode())
     assert len(schema.read_coco(tmp_path / "a.json")["images"]) == 2
-
-
-def test_a_path_is_shown_as_one_printable_line():
-    assert schema.shown("K\u00e4tzchen \u732b/a b.jpg") == "K\u00e4tzchen \u732b/a b.jpg"
-    assert schema.shown("a\nb\udcff.jpg") == "a\\nb\\udcff.jpg"
