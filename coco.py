@@ -57,7 +57,9 @@ class CocoImages:
         self.folder, self.masks = Path(root) / split, masks
         file = Path(root) / "annotations" / f"instances_{split}.json"
         if not file.is_file():
-            raise ValueError(f"data-path {str(root)!r} has no annotations/{file.name}; expected COCO's layout")
+            raise ValueError(
+                f"data-path {str(root)!r} has no annotations/{file.name}; expected COCO's layout"
+            )
         content = schema.read_coco(file, masks)
         check_images(content["images"], self.folder, file.name)
         if class_agnostic:
@@ -85,8 +87,10 @@ class CocoImages:
         image = read_image(self.folder / name)
         height, width = image.shape[-2:]
         if (height, width) != (info["height"], info["width"]):
-            raise ValueError(f"{shown(name)}: the image is {height}x{width} (turned upright where EXIF says so), the "
-                             f"annotations say {info['height']}x{info['width']}; resize one of them")
+            raise ValueError(
+                f"{shown(name)}: the image is {height}x{width} (turned upright where EXIF says so), the "
+                f"annotations say {info['height']}x{info['width']}; resize one of them"
+            )
 
         # boxes; published ones may reach a fraction of a pixel beyond the image
         entries = [entry for entry in self.coco.imgToAnns[self.image_ids[i]] if not entry["iscrowd"]]
@@ -218,7 +222,7 @@ class Detections(Dataset):
 
 def target_of(masks, labels):
     """The target of cropped masks (n, H, W); objects of fewer than 2 pixels in width or height are dropped."""
-    visible = masks.flatten(1).any(dim=1)
+    visible = masks.flatten(1).any(dim=1).bool()
     masks, labels = masks[visible], labels[visible]
     boxes = masks_to_boxes(masks).float()
     boxes[:, 2:] += 1  # the last pixel belongs to the box
@@ -235,7 +239,8 @@ def coco_evaluate(
     loader,  # batches (images, targets with image_id and boxes); each process has its own share
     truth,  # pycocotools' COCO of the whole set
     ids,  # the category ids of labels 1, 2, ...
-    device="cpu", progress=False,
+    device="cpu",
+    progress=False,
     image_ids=None,  # the images of truth that count; None: all
     kinds=("box", "mask"),  # masks are judged where the model predicts them
 ):
@@ -248,7 +253,9 @@ def coco_evaluate(
     was_training = model.training
     model.eval()
     results, covered, boxes = [], 0, 0
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
+    for images, targets in tqdm(
+        loader, desc="evaluate", leave=False, disable=None if progress else True
+    ):
         with proposals_of(model) as proposals:
             outputs = model([image.to(device) for image in images])
         for output, target in zip(outputs, targets, strict=True):
@@ -283,7 +290,9 @@ def average_precision(results, truth, kind, image_ids):
     # without the boxes of masks: pycocotools would take a box's area for the mask's
     other = "segmentation" if kind == "box" else "bbox"
     results = [{key: value for key, value in result.items() if key != other} for result in results]
-    judge = cocoeval.COCOeval(truth, quietly(truth.loadRes, results), "bbox" if kind == "box" else "segm")
+    judge = cocoeval.COCOeval(
+        truth, quietly(truth.loadRes, results), "bbox" if kind == "box" else "segm"
+    )
     if image_ids is not None:
         judge.params.imgIds = sorted(image_ids)
     quietly(judge.evaluate)
@@ -311,6 +320,7 @@ def proposals_of(model):
 
     def record(rpn, args, out):
         proposals.extend(zip(args[0].image_sizes, out[0], strict=True))
+
     hook = getattr(model, "rpn", torch.nn.Identity()).register_forward_hook(record)
     try:
         yield proposals
@@ -333,7 +343,9 @@ def need_pycocotools():
     try:
         from pycocotools import coco, cocoeval, mask
     except ImportError:
-        raise ValueError("COCO files and average precision need pycocotools: pip install pycocotools") from None
+        raise ValueError(
+            "COCO files and average precision need pycocotools: pip install pycocotools"
+        ) from None
     return mask, coco, cocoeval
 
 
@@ -348,28 +360,36 @@ def check_images(images, folder, file):
     names = [image["file_name"] for image in images]
     missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        raise ValueError(f"{shown(folder)} lacks {len(missing)} of {len(names)} images of {file}, first "
-                         f"{shown(missing[0])}")
+        first = shown(missing[0])
+        raise ValueError(f"{shown(folder)} lacks {len(missing)} of {len(names)} images of {file}, first {first}")
 
 
 def check_target(image, target, num_classes, name="image"):
     """ValueError, beginning with `name`, unless the target is what torchvision's detectors take."""
     missing = {"boxes", "labels", "masks"} - set(target)
     if missing:
-        raise ValueError(f"{name}: the target has no {', '.join(sorted(missing))}; without objects they are empty")
+        raise ValueError(
+            f"{name}: the target has no {', '.join(sorted(missing))}; without objects they are empty"
+        )
     boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
     height, width = image.shape[-2:]
     n = len(boxes)
     if boxes.shape != (n, 4) or labels.shape != (n,) or masks.shape != (n, height, width):
-        raise ValueError(f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks "
-                         f"{tuple(masks.shape)} must be (n, 4), (n,) and (n, {height}, {width})")
+        raise ValueError(
+            f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks "
+            f"{tuple(masks.shape)} must be (n, 4), (n,) and (n, {height}, {width})"
+        )
     good = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not of NaN
     good &= (boxes == clip_boxes_to_image(boxes, (height, width))).all(dim=1)
     if not good.all():
-        raise ValueError(f"{name}: box {boxes[~good][0].tolist()} must be (x1, y1, x2, y2) with a positive area "
-                         f"inside {width}x{height} pixels; torchvision.ops.box_convert converts (x, y, width, height)")
+        raise ValueError(
+            f"{name}: box {boxes[~good][0].tolist()} must be (x1, y1, x2, y2) with a positive area "
+            f"inside {width}x{height} pixels; torchvision.ops.box_convert converts (x, y, width, height)"
+        )
     if n and not 1 <= labels.min() <= labels.max() <= num_classes:
-        raise ValueError(f"{name}: labels {labels.tolist()} must lie in 1..{num_classes}; 0 is the background")
+        raise ValueError(
+            f"{name}: labels {labels.tolist()} must lie in 1..{num_classes}; 0 is the background"
+        )
 
 
 if __name__ == "__main__":
@@ -383,8 +403,17 @@ if __name__ == "__main__":
             target = next(targets)
             boxes = target["boxes"] + torch.tensor([shift, 0, shift, 0])
             masks = target["masks"].roll(shift, dims=2)[:, None].float()
-            return [dict(boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks)]
+            return [
+                dict(
+                    boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks
+                )
+            ]
+
         model.forward = forward
-        result = coco_evaluate(model, [as_lists([sample]) for sample in samples], source.truth(), source.ids)
-        print(f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}")
+        result = coco_evaluate(
+            model, [as_lists([sample]) for sample in samples], source.truth(), source.ids
+        )
+        print(
+            f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}"
+        )
     print("(expect 1.00 at 0, then less and less: AP needs tight boxes)")

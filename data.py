@@ -9,8 +9,7 @@ anywhere continues exactly: there is no generator whose state could get lost. To
 the batch sampler hands out keys (epoch, index) instead of bare indices.
 
 Sets: shapes (generated, shapes.py), cifar10, cifar100, and folder: train/ and val/ (or
-test/) with a folder per class, or, without labels, any folder of images. Augmentations are lists of
-torchvision v2 transforms.
+test/) with a folder per class, or any images without labels. Augmentations: torchvision v2 transforms.
 
 Source: augmentations as published with MAE (arXiv 2111.06377), the ViT / SAM experiments
 (arXiv 2106.01548) and pad-and-crop for 32 px images. Written from the papers.
@@ -415,8 +414,7 @@ if __name__ == "__main__":
     again, later = (torch.equal(data[0, 3][0], data[epoch, 3][0]) for epoch in (0, 1))
     print(f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} "
           "(expect False)")
-    mean, std = channel_statistics(source)
-    print(f"statistics of these 8 scenes: mean {[round(m, 2) for m in mean]}, std {[round(s, 2) for s in std]}")
+    print("statistics of these 8 scenes: mean and std", channel_statistics(source))
     order = TrainBatches(8, batch_size=2, seed=0, rank=1, world=2)
     print(f"rank 1 of 2, batches of 2: keys (epoch, index) {list(order)}")
     print("saved data_demo.png")

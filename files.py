@@ -1,8 +1,8 @@
 """Files: what the data sets read, text and pictures, is opened here and nowhere else.
 
-A folder of photographs holds surprises: a pipe named x.jpg that blocks for ever, a PostScript program named x.jpg
-that PIL would hand to Ghostscript, pictures that lie on their side until EXIF turns them, transparent ones, gray
-of 16 bits. Whatever it is, the reader gives
+A folder of photographs holds surprises: a pipe named x.jpg that blocks for ever, a PostScript program named
+x.jpg that PIL would hand to Ghostscript, pictures that lie on their side until EXIF turns them, transparent
+ones, gray of 16 bits. Whatever it is, the reader gives
 
     read_image(path) -> uint8 (3, H, W), upright, on white                                                (1)
 
@@ -22,11 +22,21 @@ import torch
 from PIL import Image, ImageOps  # comes with torchvision
 from torchvision.transforms import v2
 
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")  # PIL would also run Ghostscript on a PostScript file
+# PIL knows more, and would run Ghostscript on a PostScript file
+FORMATS = (
+    "JPEG",
+    "PNG",
+    "WEBP",
+    "BMP",
+    "TIFF",
+    "PPM",
+    "GIF",
+)
 # what PIL raises on broken files
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata in files that are read all the same
-
+warnings.filterwarnings(
+    "ignore", module=r"PIL\."
+)  # of odd metadata in files that are read all the same
 
 
 # ---------------------------------------------------------------------------- text
@@ -49,7 +59,9 @@ def read_text(file):
     try:
         return Path(file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{shown(file)} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
+        raise ValueError(
+            f"{shown(file)} is not UTF-8 (byte {error.start}); save it as UTF-8"
+        ) from None
     except OSError as error:
         raise ValueError(f"cannot read {shown(file)} ({error.strerror})") from None
 
@@ -59,7 +71,7 @@ def read_text(file):
 
 @contextmanager
 def open_picture(path):
-    """A PIL image of a regular file in one of FORMATS, decoded; ValueError names the file and says what is wrong."""
+    """A PIL image of a regular file in one of FORMATS, decoded; ValueError names the file and the fault."""
     try:
         check_regular(path)
         with Image.open(path, formats=FORMATS) as picture:
@@ -67,11 +79,13 @@ def open_picture(path):
             yield picture
     except BROKEN as error:
         reason = shown(str(error).splitlines()[0]) if str(error) else type(error).__name__
-        raise ValueError(f"cannot read image {shown(path)} ({reason}); repair or remove it") from None
+        raise ValueError(
+            f"cannot read image {shown(path)} ({reason}); repair or remove it"
+        ) from None
 
 
 def read_image(path):
-    """(1) An image file -> uint8 (3, H, W): upright as EXIF says, transparent parts on white, gray as three channels."""
+    """(1) An image file -> uint8 (3, H, W): upright as EXIF says, transparent parts on white, gray as RGB."""
     with open_picture(path) as picture:
         turn_upright(picture)
         if picture.mode.startswith(("I", "F")):
@@ -104,7 +118,9 @@ def to_bytes(picture):
     # floats: 0..1, or 0..255 as they are
     if picture.mode == "F" and 0 <= low <= high <= 255:
         return (gray * (255 if high <= 1 else 1)).round().to(torch.uint8)
-    raise ValueError(f"its values lie in {low:g}..{high:g}; rescale them to 0..1 (floats) or 0..65535 (integers)")
+    raise ValueError(
+        f"its values lie in {low:g}..{high:g}; rescale them to 0..1 (floats) or 0..65535 (integers)"
+    )
 
 
 if __name__ == "__main__":
@@ -118,11 +134,15 @@ if __name__ == "__main__":
         lying.save(f"{folder}/lying.jpg", exif=exif)
         Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(f"{folder}/transparent.png")
         Image.new("I;16", (30, 20), 0x8000).save(f"{folder}/sixteen.png")
-        Path(folder, "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+        Path(folder, "program.jpg").write_bytes(
+            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
+        )
         for name in sorted(os.listdir(folder)):
             try:
                 image = read_image(f"{folder}/{name}")
                 print(f"{name:16} {tuple(image.shape)}, mean {image.float().mean():.0f}")
             except ValueError as error:
                 print(str(error).replace(f"{folder}/", ""))
-    print("(expect 30 rows of lying.jpg, 255 for transparent.png, 128 for sixteen.png, and no program)")
+    print(
+        "(expect 30 rows of lying.jpg, 255 for transparent.png, 128 for sixteen.png, and no program)"
+    )

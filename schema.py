@@ -1,7 +1,7 @@
-"""Schema: annotation files are checked once, when they are opened, so that nothing behind them has to check again.
+"""Schema: annotation files are checked once, when they are opened, so that no later code has to check again.
 
-A file in COCO's layout is read by Python, but used by pycocotools' C code, which trusts it: a coordinate that is
-no number, or run lengths that do not cover the image, crash it, never end, or change the average precision
+A file in COCO's layout is read by Python, but used by pycocotools' C code, which trusts it: a coordinate that
+is no number, or run lengths that do not cover the image, crash it, never end, or change the average precision
 without a word. So every entry must satisfy
 
     ids         whole numbers or text, each once; an annotation's image and category are in the file      (1)
@@ -43,11 +43,15 @@ def read_json(file):
     try:
         content = json.loads(text, object_hook=pack_polygons)
     except RecursionError:
-        raise ValueError(f"{shown(file)} is nested too deep for an annotation file; restore it") from None
+        raise ValueError(
+            f"{shown(file)} is nested too deep for an annotation file; restore it"
+        ) from None
     except ValueError as error:
         raise ValueError(f"{shown(file)} is no JSON ({error}); restore it") from None
     if not isinstance(content, dict):
-        raise ValueError(f"{shown(file)} holds {brief(content)} instead of an object with lists; restore it")
+        raise ValueError(
+            f"{shown(file)} holds {brief(content)} instead of an object with lists; restore it"
+        )
     return content
 
 
@@ -120,7 +124,9 @@ def check_list(file, content, name, check):
     """(1) The entries of a list, each passed through `check`, whose complaint gets the name of the entry."""
     entries = content.get(name)
     if not isinstance(entries, list):
-        raise ValueError(f"{shown(file)} is no COCO annotation file: {name} is {brief(entries)}, not a list")
+        raise ValueError(
+            f"{shown(file)} is no COCO annotation file: {name} is {brief(entries)}, not a list"
+        )
     kinds, ids = set(), set()
     for number, entry in enumerate(entries):
         try:
@@ -140,7 +146,9 @@ def check_list(file, content, name, check):
         ids.add(key)
         kinds.add(type(key))
     if len(kinds) > 1:
-        raise ValueError(f"{shown(file)}: some ids of {name} are numbers and some are text; make them all alike")
+        raise ValueError(
+            f"{shown(file)}: some ids of {name} are numbers and some are text; make them all alike"
+        )
     return entries
 
 
@@ -152,7 +160,9 @@ def check_image(image):
             raise ValueError(f"has {key} {side}; expected a whole number")
         image[key] = int(side)
     if image["height"] * image["width"] >= LARGEST:
-        raise ValueError(f"has {image['height']}x{image['width']} pixels, more than an image can have")
+        raise ValueError(
+            f"has {image['height']}x{image['width']} pixels, more than an image can have"
+        )
 
 
 def check_category(category):
@@ -174,7 +184,9 @@ def check_annotation(entry, sizes, categories, masks):
     except (TypeError, ValueError, OverflowError):
         pass  # not four, or no numbers
     if not inside:
-        raise ValueError(f"has bbox {brief(box)} instead of [x, y, width, height] inside {width}x{height} pixels")
+        raise ValueError(
+            f"has bbox {brief(box)} instead of [x, y, width, height] inside {width}x{height} pixels"
+        )
 
     # area and crowd; an area of 0 is found in published files
     check_number(entry, "area", 0, LARGEST)
@@ -203,13 +215,19 @@ def check_polygons(polygons, reach, height, width):
     """(3)"""
     for number, polygon in enumerate(polygons):
         if type(polygon) is not array:
-            raise ValueError(f"has polygons {brief(polygons)}; expected lists of x and y of at least three corners")
+            raise ValueError(
+                f"has polygons {brief(polygons)}; expected lists of x and y of at least three corners"
+            )
         if len(polygon) < 6 or len(polygon) % 2:
-            raise ValueError(f"has a polygon of {len(polygon)} numbers; expected x and y of at least three corners")
+            raise ValueError(
+                f"has a polygon of {len(polygon)} numbers; expected x and y of at least three corners"
+            )
         left, right, top, bottom, total = reach[5 * number : 5 * number + 5]
         near = -width <= left <= right <= 2 * width and -height <= top <= bottom <= 2 * height
         if not near or not math.isfinite(total):
-            raise ValueError(f"has a polygon with corners far from its {width}x{height} pixels, or no numbers")
+            raise ValueError(
+                f"has a polygon with corners far from its {width}x{height} pixels, or no numbers"
+            )
         if right <= 0 or left >= width or bottom <= 0 or top >= height:
             raise ValueError(f"has a polygon outside its {width}x{height} pixels")
 
@@ -217,15 +235,21 @@ def check_polygons(polygons, reach, height, width):
 def check_run_lengths(code, height, width):
     """(4)"""
     if code.get("size") != [height, width]:
-        raise ValueError(f"has run lengths of size {brief(code.get('size'))}, the image is [{height}, {width}]")
+        raise ValueError(
+            f"has run lengths of size {brief(code.get('size'))}, the image is [{height}, {width}]"
+        )
     code["size"] = [height, width]
     counts = code.get("counts")
     if isinstance(counts, str):
         counts = decode_counts(counts)
     if type(counts) is not list or not all(type(count) is int and count >= 0 for count in counts):
-        raise ValueError(f"has counts {brief(counts)}; expected whole numbers from 0 or their compressed text")
+        raise ValueError(
+            f"has counts {brief(counts)}; expected whole numbers from 0 or their compressed text"
+        )
     if sum(counts) != height * width:
-        raise ValueError(f"has counts whose sum is {brief(sum(counts))}, the image has {height * width} pixels")
+        raise ValueError(
+            f"has counts whose sum is {brief(sum(counts))}, the image has {height * width} pixels"
+        )
     if 0 in counts[1:-1]:
         raise ValueError("has a count of 0 between others; only the first and the last may be 0")
 
@@ -276,7 +300,9 @@ def read_categories(file):
     entries = check_list(file, content, "categories", check_semantic)
     entries = sorted(entries, key=lambda entry: entry["train_id"])
     if not entries or [entry["train_id"] for entry in entries] != list(range(len(entries))):
-        raise ValueError(f"{shown(file)} must have train_id from 0 on, each once and without gaps; restore it")
+        raise ValueError(
+            f"{shown(file)} must have train_id from 0 on, each once and without gaps; restore it"
+        )
     return [entry["id"] for entry in entries], [entry["name"] for entry in entries]
 
 
@@ -284,7 +310,9 @@ def check_semantic(category):
     check_words(category, "name")
     for key in ("id", "train_id"):
         if type(category.get(key)) is not int or not 0 <= category[key] <= 255:
-            raise ValueError(f"has {key} {brief(category.get(key))}; expected a whole number from 0 to 255")
+            raise ValueError(
+                f"has {key} {brief(category.get(key))}; expected a whole number from 0 to 255"
+            )
     if category["id"] == 0:
         raise ValueError("has id 0, the value of pixels that are ignored")
 
@@ -303,8 +331,13 @@ if __name__ == "__main__":
         "an image that is not there": dict(image_id=9),
     }
     for name, damage in damages.items():
-        entry = dict(id="a", image_id=1, category_id=1, bbox=[5, 5, 10, 15], area=150, segmentation=[square])
-        images, categories = [dict(id=1, file_name="a.jpg", height=30, width=40)], [dict(id=1, name="cat")]
+        entry = dict(
+            id="a", image_id=1, category_id=1, bbox=[5, 5, 10, 15], area=150, segmentation=[square]
+        )
+        images, categories = (
+            [dict(id=1, file_name="a.jpg", height=30, width=40)],
+            [dict(id=1, name="cat")],
+        )
         content = dict(images=images, categories=categories, annotations=[entry | damage])
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "instances.json")

@@ -358,9 +358,15 @@ def test_odd_names_stay_in_one_printable_line_and_are_skipped(tmp_path):
 def test_of_a_long_strip_only_the_middle_is_resized(height, width, monkeypatch):
     resized = []
     resize = module.v2.functional.resize
-    monkeypatch.setattr(module.v2.functional, "resize", lambda x, *rest, **o: resized.append(x) or resize(x, *rest, **o))
-    image = torch.zeros(3, height, width, dtype=torch.uint8)
-    image[:, height // 2 - 100 * (height > 1) : height // 2 + 101, width // 2 - 100 * (width > 1) : width // 2 + 101] = 9
+
+    def watch(image, *arguments, **options):
+        resized.append(image)
+        return resize(image, *arguments, **options)
+
+    monkeypatch.setattr(module.v2.functional, "resize", watch)
+    strip = torch.zeros(3, 1_000_000, dtype=torch.uint8)
+    strip[:, 499_900:500_100] = 9
+    image = strip.view(3, height, width)
     out = FitSize((224, 224))(image)
     assert out.shape == (3, 224, 224) and (out == 9).all() and resized[0].numel() < 100
 
