@@ -11,18 +11,18 @@ nor miss in evaluation. Predicted masks are kept run-length encoded, a few hundr
 
 Source: COCO, Lin et al. 2014, arXiv 1405.0312; large-scale jitter: Ghiasi et al. 2020, arXiv 2012.07177, with
 the range of Li et al. 2021, arXiv 2111.11429. Written from the papers.
-Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, augment.py, shapes.py.
+Needs: torch, torchvision, tqdm, pycocotools (for AP and COCO files); data.py, augment.py, files.py, schema.py,
+shapes.py.
 Demo: python coco.py (10 s on a CPU) measures the truth against itself, shifted by a few pixels.
 """
 
 import contextlib
 import io
-import json
+import os
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from PIL import Image  # comes with torchvision
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.models.detection.transform import resize_boxes
@@ -30,7 +30,9 @@ from torchvision.ops import box_convert, box_iou, clip_boxes_to_image, masks_to_
 from torchvision.transforms import v2
 from tqdm import tqdm
 
-from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, seeded
+import schema
+from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, as_lists, seeded
+from files import read_image, shown
 
 AP = ("ap", "ap50", "ap75", "ap_small", "ap_medium", "ap_large")  # pycocotools' first six figures
 
@@ -44,16 +46,22 @@ class CocoImages:
     sample(i) -> image uint8 (3, H, W), target of boxes (n, 4) x1 y1 x2 y2, labels (n,) 1..K, masks (n, H, W).
     ids are the category ids of labels 1..K, classes their names. Objects without width or height, of which the
     official files have a few, are left out. class_agnostic: one category, "object", also in the truth.
+    masks False: for files with boxes only; the masks of sample(i) are the boxes, and there is no mask AP.
     """
 
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
-    def __init__(self, root, split="train2017", class_agnostic=False):
+    def __init__(self, root, split="train2017", class_agnostic=False, masks=True):
         _, coco, _ = need_pycocotools()
-        self.folder = Path(root) / split
+        self.folder, self.masks = Path(root) / split, masks
         file = Path(root) / "annotations" / f"instances_{split}.json"
-        content = read_annotations(file, self.folder)
+        if not file.is_file():
+            raise ValueError(
+                f"data-path {str(root)!r} has no annotations/{file.name}; expected COCO's layout"
+            )
+        content = schema.read_coco(file, masks)
+        check_images(content["images"], self.folder, file.name)
         if class_agnostic:
             content["categories"] = [dict(id=1, name="object")]
             for entry in content["annotations"]:
@@ -75,39 +83,31 @@ class CocoImages:
 
     def sample(self, i):
         # image
-        name, entry = self.name(i), self.coco.imgs[self.image_ids[i]]
-        try:
-            with Image.open(self.folder / name) as image:
-                image = v2.functional.pil_to_tensor(image.convert("RGB"))
-        except BROKEN as error:
-            raise ValueError(f"cannot read {self.folder / name} ({error}); repair it or drop its entry") from None
+        name, info = self.name(i), self.coco.imgs[self.image_ids[i]]
+        image = read_image(self.folder / name)
         height, width = image.shape[-2:]
-        if (height, width) != (entry["height"], entry["width"]):
-            raise ValueError(f"{name}: the image is {height}x{width}, the annotations say "
-                             f"{entry['height']}x{entry['width']}; resize one of them")
+        if (height, width) != (info["height"], info["width"]):
+            raise ValueError(
+                f"{shown(name)}: the image is {height}x{width} (turned upright where EXIF says so), the "
+                f"annotations say {info['height']}x{info['width']}; resize one of them"
+            )
 
         # boxes; published ones may reach a fraction of a pixel beyond the image
         entries = [entry for entry in self.coco.imgToAnns[self.image_ids[i]] if not entry["iscrowd"]]
         boxes = torch.tensor([entry["bbox"] for entry in entries], dtype=torch.float32).view(-1, 4)
-        boxes = box_convert(boxes, "xywh", "xyxy")
-        clipped = clip_boxes_to_image(boxes, (height, width))
-        boxes = torch.where((boxes - clipped).abs() <= 1, clipped, boxes)
+        boxes = clip_boxes_to_image(box_convert(boxes, "xywh", "xyxy"), (height, width))
 
         # labels and masks
         labels = [self.ids.index(entry["category_id"]) + 1 for entry in entries]
         masks = torch.zeros(len(entries), height, width, dtype=torch.uint8)
         for k, entry in enumerate(entries):
-            masks[k] = self.decode(entry, name)
+            if self.masks:
+                masks[k] = torch.from_numpy(self.coco.annToMask(entry))
+            else:
+                left, top, right, bottom = boxes[k].round().int().tolist()
+                masks[k, top:bottom, left:right] = 1
         target = dict(boxes=boxes, labels=torch.tensor(labels, dtype=torch.long), masks=masks)
         return image, select(target, (boxes[:, 2:] > boxes[:, :2]).all(dim=1))
-
-    def decode(self, entry, name):
-        """The mask (H, W) of an annotation."""
-        try:
-            return torch.from_numpy(self.coco.annToMask(entry))
-        except Exception as error:  # pycocotools raises bare ones
-            raise ValueError(f"{name}: the segmentation of annotation {entry['id']} is neither polygons nor run "
-                             f"lengths ({error}); repair or drop it") from None
 
     def truth(self):
         """pycocotools' COCO, crowds included."""
@@ -222,7 +222,7 @@ class Detections(Dataset):
 
 def target_of(masks, labels):
     """The target of cropped masks (n, H, W); objects of fewer than 2 pixels in width or height are dropped."""
-    visible = masks.flatten(1).any(dim=1)
+    visible = masks.flatten(1).any(dim=1).bool()
     masks, labels = masks[visible], labels[visible]
     boxes = masks_to_boxes(masks).float()
     boxes[:, 2:] += 1  # the last pixel belongs to the box
@@ -239,8 +239,10 @@ def coco_evaluate(
     loader,  # batches (images, targets with image_id and boxes); each process has its own share
     truth,  # pycocotools' COCO of the whole set
     ids,  # the category ids of labels 1, 2, ...
-    device="cpu", progress=False,
+    device="cpu",
+    progress=False,
     image_ids=None,  # the images of truth that count; None: all
+    kinds=("box", "mask"),  # masks are judged where the model predicts them
 ):
     """{"box_ap": ..., "box_ap50", ..., "mask_ap", ...}: fractions, the same in every process; -1 without objects.
 
@@ -251,7 +253,9 @@ def coco_evaluate(
     was_training = model.training
     model.eval()
     results, covered, boxes = [], 0, 0
-    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
+    for images, targets in tqdm(
+        loader, desc="evaluate", leave=False, disable=None if progress else True
+    ):
         with proposals_of(model) as proposals:
             outputs = model([image.to(device) for image in images])
         for output, target in zip(outputs, targets, strict=True):
@@ -271,9 +275,9 @@ def coco_evaluate(
         boxes = sum(share[2] for share in shares)
     results.sort(key=lambda result: (result["image_id"], -result["score"], result["bbox"]))
     metrics = {"proposal_recall": covered / boxes} if boxes else {}
-    metrics |= average_precision(results, truth, "box", image_ids)
-    if not results or "segmentation" in results[0]:
-        metrics |= average_precision(results, truth, "mask", image_ids)
+    for kind in kinds:
+        if kind == "box" or not results or "segmentation" in results[0]:
+            metrics |= average_precision(results, truth, kind, image_ids)
     return metrics
 
 
@@ -286,7 +290,9 @@ def average_precision(results, truth, kind, image_ids):
     # without the boxes of masks: pycocotools would take a box's area for the mask's
     other = "segmentation" if kind == "box" else "bbox"
     results = [{key: value for key, value in result.items() if key != other} for result in results]
-    judge = cocoeval.COCOeval(truth, quietly(truth.loadRes, results), "bbox" if kind == "box" else "segm")
+    judge = cocoeval.COCOeval(
+        truth, quietly(truth.loadRes, results), "bbox" if kind == "box" else "segm"
+    )
     if image_ids is not None:
         judge.params.imgIds = sorted(image_ids)
     quietly(judge.evaluate)
@@ -314,6 +320,7 @@ def proposals_of(model):
 
     def record(rpn, args, out):
         proposals.extend(zip(args[0].image_sizes, out[0], strict=True))
+
     hook = getattr(model, "rpn", torch.nn.Identity()).register_forward_hook(record)
     try:
         yield proposals
@@ -336,7 +343,9 @@ def need_pycocotools():
     try:
         from pycocotools import coco, cocoeval, mask
     except ImportError:
-        raise ValueError("COCO files and average precision need pycocotools: pip install pycocotools") from None
+        raise ValueError(
+            "COCO files and average precision need pycocotools: pip install pycocotools"
+        ) from None
     return mask, coco, cocoeval
 
 
@@ -346,60 +355,41 @@ def quietly(function, *args):
         return function(*args)
 
 
-def read_annotations(file, folder):
-    """The content of an annotation file; ValueError names the first entry that does not fit."""
-    if not file.is_file():
-        raise ValueError(f"data-path {str(folder.parent)!r} has no annotations/{file.name}; expected COCO's layout")
-    try:
-        content = json.loads(file.read_text())
-        names = {image["id"]: image["file_name"] for image in content["images"]}
-        sizes = [(image["height"], image["width"]) for image in content["images"]]
-        categories = {category["id"]: category["name"] for category in content["categories"]}
-        annotations = content["annotations"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{file} is no COCO annotation file ({type(error).__name__}: {error})") from None
-    missing = [name for name in names.values() if not (folder / name).is_file()]
+def check_images(images, folder, file):
+    """ValueError unless every image of the file is there."""
+    names = [image["file_name"] for image in images]
+    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
     if missing:
-        raise ValueError(f"{folder} lacks {len(missing)} of {len(sizes)} images of {file.name}, first {missing[0]}")
-    for entry in annotations:
-        entry.setdefault("iscrowd", 0)
-        fault = find_fault(entry, names, categories)
-        if fault:
-            raise ValueError(f"{file.name}: annotation {entry.get('id')} {fault}; correct or drop it")
-    return content
-
-
-def find_fault(entry, names, categories):
-    """What is wrong with an annotation, or None."""
-    for key in ("id", "image_id", "category_id", "bbox", "area", "segmentation"):
-        if entry.get(key) in (None, []):
-            return f"has no {key}"
-    if entry["image_id"] not in names:
-        return f"has image_id {entry['image_id']}, which is no image of the file"
-    if entry["category_id"] not in categories:
-        return f"has category_id {entry['category_id']}, which is no category of the file"
-    if len(entry["bbox"]) != 4:
-        return f"has bbox {entry['bbox']} instead of [x, y, width, height]"
+        first = shown(missing[0])
+        raise ValueError(f"{shown(folder)} lacks {len(missing)} of {len(names)} images of {file}, first {first}")
 
 
 def check_target(image, target, num_classes, name="image"):
     """ValueError, beginning with `name`, unless the target is what torchvision's detectors take."""
     missing = {"boxes", "labels", "masks"} - set(target)
     if missing:
-        raise ValueError(f"{name}: the target has no {', '.join(sorted(missing))}; without objects they are empty")
+        raise ValueError(
+            f"{name}: the target has no {', '.join(sorted(missing))}; without objects they are empty"
+        )
     boxes, labels, masks = target["boxes"], target["labels"], target["masks"]
     height, width = image.shape[-2:]
     n = len(boxes)
     if boxes.shape != (n, 4) or labels.shape != (n,) or masks.shape != (n, height, width):
-        raise ValueError(f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks "
-                         f"{tuple(masks.shape)} must be (n, 4), (n,) and (n, {height}, {width})")
+        raise ValueError(
+            f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks "
+            f"{tuple(masks.shape)} must be (n, 4), (n,) and (n, {height}, {width})"
+        )
     good = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not of NaN
     good &= (boxes == clip_boxes_to_image(boxes, (height, width))).all(dim=1)
     if not good.all():
-        raise ValueError(f"{name}: box {boxes[~good][0].tolist()} must be (x1, y1, x2, y2) with a positive area "
-                         f"inside {width}x{height} pixels; torchvision.ops.box_convert converts (x, y, width, height)")
+        raise ValueError(
+            f"{name}: box {boxes[~good][0].tolist()} must be (x1, y1, x2, y2) with a positive area "
+            f"inside {width}x{height} pixels; torchvision.ops.box_convert converts (x, y, width, height)"
+        )
     if n and not 1 <= labels.min() <= labels.max() <= num_classes:
-        raise ValueError(f"{name}: labels {labels.tolist()} must lie in 1..{num_classes}; 0 is the background")
+        raise ValueError(
+            f"{name}: labels {labels.tolist()} must lie in 1..{num_classes}; 0 is the background"
+        )
 
 
 if __name__ == "__main__":
@@ -413,8 +403,17 @@ if __name__ == "__main__":
             target = next(targets)
             boxes = target["boxes"] + torch.tensor([shift, 0, shift, 0])
             masks = target["masks"].roll(shift, dims=2)[:, None].float()
-            return [dict(boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks)]
+            return [
+                dict(
+                    boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks
+                )
+            ]
+
         model.forward = forward
-        result = coco_evaluate(model, [as_lists([sample]) for sample in samples], source.truth(), source.ids)
-        print(f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}")
+        result = coco_evaluate(
+            model, [as_lists([sample]) for sample in samples], source.truth(), source.ids
+        )
+        print(
+            f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}"
+        )
     print("(expect 1.00 at 0, then less and less: AP needs tight boxes)")

@@ -9,29 +9,29 @@ anywhere continues exactly: there is no generator whose state could get lost. To
 the batch sampler hands out keys (epoch, index) instead of bare indices.
 
 Sets: shapes (generated, shapes.py), cifar10, cifar100, and folder: train/ and val/ (or
-test/) with a folder per class. Augmentations are in augment.py.
+test/) with a folder per class, or any images without labels. Augmentations are in augment.py.
 
-Needs: torch, torchvision, tqdm; augment.py, shapes.py.
+Needs: torch, torchvision, tqdm; augment.py, files.py, shapes.py.
 Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
 """
 
+import math
 import os
 import signal
 from contextlib import contextmanager
 
 import torch
-from PIL import Image  # comes with torchvision
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
 from torchvision.transforms import v2
 from tqdm import tqdm
 
 from augment import AUGMENTATIONS, FitSize, augmentation  # noqa: F401  imported from here elsewhere
+from files import read_image, shown
 from shapes import Shapes
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CACHE_BYTES = 1 << 30  # a set of equal-sized images below this is decoded once, into one uint8 tensor
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what PIL raises on broken files
 
 
 # ---------------------------------------------------------------------------- randomness and order
@@ -61,19 +61,12 @@ class TrainBatches:
     """
 
     def __init__(self, num_samples, batch_size, seed, rank=0, world=1):
-        self.num_samples, self.batch_size, self.seed, self.rank, self.world = (
-            num_samples,
-            batch_size,
-            seed,
-            rank,
-            world,
-        )
+        self.num_samples, self.batch_size, self.seed = num_samples, batch_size, seed
+        self.rank, self.world = rank, world
         self.epoch = self.start = 0
         if len(self) == 0:
-            raise ValueError(
-                f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training images; "
-                f"use at most {num_samples // world}"
-            )
+            raise ValueError(f"batch_size {batch_size} x {world} processes is larger than the {num_samples} training "
+                             f"images; use at most {num_samples // world}")
 
     def __len__(self):
         return self.num_samples // (self.batch_size * self.world)
@@ -186,10 +179,8 @@ class Cifar(Dataset):
         try:
             data = make(root, train=train, download=download)
         except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
-                f"({str(error).splitlines()[0]})"
-            ) from None
+            raise ValueError(f"{name} was not found in data-path {root!r}; point --data-path at it or add --download "
+                             f"({str(error).splitlines()[0]})") from None
         self.images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
         self.labels, self.classes = data.targets, data.classes
 
@@ -201,49 +192,39 @@ class Cifar(Dataset):
 
 
 class Folder(Dataset):
-    """root/train and root/val (or root/test), a folder per class; grayscale becomes RGB.
+    """root/train and root/val (or root/test), a folder per class. Hidden files and folders do not count.
 
+    labeled False: all images at any depth below root/train (or root, if there is no train/), label 0.
     A broken file is a ValueError with its path, or, with skip_bad, is reported, counted (`bad`) and replaced by
     the next one. Small sets of equal-sized images are decoded once (`cache`), here only the `wanted` indices.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, root, train, skip_bad=False):
+    def __init__(self, root, train, skip_bad=False, labeled=True):
         names = ["train"] if train else ["val", "test"]
-        path = next((p for p in (os.path.join(root, name) for name in names) if os.path.isdir(p)), None)
+        paths = [os.path.join(root, name) for name in names]
+        if train and not labeled:
+            paths.append(root)
+        path = next((path for path in paths if os.path.isdir(path)), None)
         if path is None:
-            raise ValueError(
-                f"data-path {root!r} has no folder {' or '.join(names)}/; expected {names[0]}/CLASS/image.jpg"
-            )
-        try:
-            found = datasets.ImageFolder(path)
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"data-path {path!r} does not hold a folder of images per class: {str(error).splitlines()[0]}"
-            ) from None
-        self.samples, self.classes, self.skip_bad, self.cached = found.samples, found.classes, skip_bad, None
-        self.bad = torch.zeros(
-            len(self.samples), dtype=torch.bool
-        ).share_memory_()  # loading processes count here too
+            raise ValueError(f"data-path {root!r} has no folder {' or '.join(names)}/; expected "
+                             f"{names[0]}/CLASS/image.jpg")
+
+        self.samples, self.classes = list_images(path, labeled)
+        self.skip_bad, self.cached = skip_bad, None
+        # loading processes count here too
+        self.bad = torch.zeros(len(self.samples), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.samples)
 
     def read(self, i):
         try:
-            with Image.open(self.samples[i][0]) as image:
-                if image.mode.startswith("I"):  # 16 bits a pixel: keep the upper eight, PIL would clip
-                    gray = v2.functional.pil_to_tensor(image).to(torch.int32)
-                    return ((gray & 0xFFFF) >> 8).to(torch.uint8).expand(3, -1, -1)
-                return v2.functional.pil_to_tensor(image.convert("RGB"))
-        except BROKEN as error:
+            return read_image(self.samples[i][0])
+        except ValueError as error:
             if not self.skip_bad:
-                raise ValueError(
-                    f"cannot read image {self.samples[i][0]} ({str(error).splitlines()[0]}); repair or remove it, "
-                    f"or add "
-                    "--skip-bad"
-                ) from None
+                raise ValueError(f"{error}, or add --skip-bad") from None
             self.bad[i] = True
             return None
 
@@ -254,9 +235,8 @@ class Folder(Dataset):
         for j in range(i, i + len(self)):  # the first readable one from here on
             if (image := self.read(j % len(self))) is not None:
                 if j != i:
-                    tqdm.write(
-                        f"skipped unreadable image {self.samples[i][0]}, used {self.samples[j % len(self)][0]}"
-                    )
+                    used = shown(self.samples[j % len(self)][0])
+                    tqdm.write(f"skipped unreadable image {shown(self.samples[i][0])}, used {used}")
                 return image, self.samples[j % len(self)][1]
         raise ValueError(f"none of the {len(self)} images can be read")
 
@@ -266,9 +246,8 @@ class Folder(Dataset):
         if first.numel() * len(wanted) > CACHE_BYTES:
             return False
         images, labels = torch.empty((len(wanted), *first.shape), dtype=torch.uint8), []
-        for row, i in enumerate(
-            tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)
-        ):
+        bar = tqdm(wanted, desc="decoding images", leave=False, disable=None if progress else True)
+        for row, i in enumerate(bar):
             image, label = self[i]
             if image.shape != first.shape:
                 return False
@@ -276,6 +255,27 @@ class Folder(Dataset):
             labels.append(label)
         self.cached = {i: row for row, i in enumerate(wanted)}, images, labels
         return True
+
+
+def list_images(path, labeled):
+    """-> [(file, label)] in order, and the classes: the folders in path, or one for all files at any depth."""
+
+    def is_image(file):
+        hidden = os.sep + "." in file[len(path):]
+        return not hidden and datasets.folder.is_image_file(file)
+
+    classes = [""]
+    if labeled:
+        classes = sorted(entry.name for entry in os.scandir(path) if entry.is_dir() and entry.name[0] != ".")
+        if not classes:
+            raise ValueError(f"data-path {path!r} does not hold a folder of images per class; only --task pretrain "
+                             "takes images without labels")
+    numbers = {name: label for label, name in enumerate(classes)}
+    try:
+        return datasets.folder.make_dataset(path, numbers, is_valid_file=is_image), classes
+    except FileNotFoundError as error:
+        empty = str(error).splitlines()[0] if labeled else "no image file below it"
+        raise ValueError(f"data-path {path!r} holds no images: {empty}") from None
 
 
 class Scenes:
@@ -292,12 +292,15 @@ class Scenes:
         return f"scene {i}"
 
 
-def open_source(name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded"):
+def open_source(
+    name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded", labeled=True
+):
     """The image set `name` ("shapes", "cifar10", "cifar100", "folder").
 
     It has len, [i] -> (uint8 image, label), classes, mean, std.
 
     size and scenes are for shapes: training scenes, a quarter of them for validation; simple or crowded.
+    labeled is for folders: False takes any folder of images.
     """
     if name == "shapes":
         return Shapes(size if train else max(1, size // 4), img_size, seed, train, scenes)
@@ -306,7 +309,7 @@ def open_source(name, path, train, img_size, size=4096, seed=0, download=False, 
     if name in ("cifar10", "cifar100"):
         return Cifar(name, path, train, download)
     if name == "folder":
-        return Folder(path, train, skip_bad)
+        return Folder(path, train, skip_bad, labeled)
     raise ValueError(f"data {name!r} is unknown; choose shapes, cifar10, cifar100 or folder")
 
 
@@ -343,12 +346,9 @@ if __name__ == "__main__":
     save_grid("data_demo.png", columns)
     data = Images(source, augmentation("mae", (64, 64), source.mean, source.std), noise_size=16)
     again, later = (torch.equal(data[0, 3][0], data[epoch, 3][0]) for epoch in (0, 1))
-    print(
-        f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} (expect "
-        f"False)"
-    )
-    mean, std = channel_statistics(source)
-    print(f"statistics of these 8 scenes: mean {[round(m, 2) for m in mean]}, std {[round(s, 2) for s in std]}")
+    print(f"the same (seed, epoch, index) gives the same crop: {again} (expect True); the next epoch: {later} "
+          "(expect False)")
+    print("statistics of these 8 scenes: mean and std", channel_statistics(source))
     order = TrainBatches(8, batch_size=2, seed=0, rank=1, world=2)
     print(f"rank 1 of 2, batches of 2: keys (epoch, index) {list(order)}")
     print("saved data_demo.png")

@@ -32,6 +32,7 @@ from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, FastRCNNPredictor
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads, MaskRCNNPredictor
 from torchvision.models.detection.rpn import RPNHead
+from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 from torchvision.ops.poolers import initLevelMapper
@@ -95,8 +96,23 @@ def vit_mask_rcnn(
         mask_predictor=MaskRCNNPredictor(channels, channels, num_classes + 1),
         **options,
     )
+    model.transform = KeepStrips(img_size, img_size, list(image_mean), list(image_std), size_divisible=img_size)
     leave_autocast(model)
     return model
+
+
+class KeepStrips(GeneralizedRCNNTransform):
+    """torchvision's, but an image so long that its short side would be resized to nothing is padded before."""
+
+    def resize(self, image, target=None):
+        height, width = image.shape[-2:]
+        if min(height, width) * self.max_size < max(height, width):
+            least = math.ceil(max(height, width) / self.max_size) + 1
+            padding = (0, max(0, least - width), 0, max(0, least - height))
+            image = nn.functional.pad(image, padding)
+            if target is not None:
+                target = {**target, "masks": nn.functional.pad(target["masks"], padding)}
+        return super().resize(image, target)
 
 
 class Backbone(nn.Module):

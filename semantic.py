@@ -10,11 +10,10 @@ reaches beyond the scene, the image gets the mean color and the labels 255: such
 
 Source: ADE20K, Zhou et al. 2016, arXiv 1608.05442; COCO's panoptic classes, Kirillov et al. 2018,
 arXiv 1801.00868; resized and cropped as mmsegmentation does. Written from the papers.
-Needs: torch, torchvision, tqdm; data.py, augment.py, shapes.py.
+Needs: torch, torchvision, tqdm; data.py, augment.py, files.py, schema.py, shapes.py.
 Demo: python semantic.py (a few seconds) saves semantic_demo.png: scenes, and what training sees of them.
 """
 
-import json
 from pathlib import Path
 
 import torch
@@ -24,14 +23,21 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
+import schema
 import shapes
-from data import BROKEN, IMAGENET_MEAN, IMAGENET_STD, Scenes, seeded
+from data import IMAGENET_MEAN, IMAGENET_STD, Scenes, seeded
+from files import open_picture, read_image, read_text, shown
 from shapes import Shapes
 
 IGNORE = 255
-DISTORTIONS = dict(brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05))
+DISTORTIONS = dict(
+    brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05)
+)
 FOLDERS = {  # layout -> folders of images and masks for training, then for validation
-    "ade20k": [("images/training", "annotations/training"), ("images/validation", "annotations/validation")],
+    "ade20k": [
+        ("images/training", "annotations/training"),
+        ("images/validation", "annotations/validation"),
+    ],
     "coco": [("train2017", "semantic_train2017"), ("val2017", "semantic_val2017")],
 }
 
@@ -55,13 +61,17 @@ class SemanticFolder:
 
     def __init__(self, layout, root, train=True):
         if layout not in FOLDERS:
-            raise ValueError(f"data {layout!r} has no label for every pixel; choose shapes, ade20k or coco")
+            raise ValueError(
+                f"data {layout!r} has no label for every pixel; choose shapes, ade20k or coco"
+            )
         if root is None:
             raise ValueError(f"data {layout!r} needs --data-path")
         folders = FOLDERS[layout][0 if train else 1]
         for folder in folders:
             if not Path(root, folder).is_dir():
-                raise ValueError(f"data-path {str(root)!r} has no folder {folder}/; expected the layout of {layout}")
+                raise ValueError(
+                    f"data-path {str(root)!r} has no folder {folder}/; expected the layout of {layout}"
+                )
         self.images, self.masks = Path(root, folders[0]), Path(root, folders[1])
 
         # mask value -> label; -1: no such id
@@ -71,56 +81,79 @@ class SemanticFolder:
         self.table[ids] = torch.arange(len(ids))
 
         # every mask has an image; in ADE20K every image has a mask
-        images = {file.stem for file in self.images.glob("*.jpg")}
-        masks = {file.stem for file in self.masks.glob("*.png")}
+        self.image_files = files_by_stem(self.images, (".jpg", ".jpeg"))
+        self.mask_files = files_by_stem(self.masks, (".png",))
+        images, masks = set(self.image_files), set(self.mask_files)
         if not masks:
-            raise ValueError(f"{self.masks} holds no *.png; expected a mask of class ids for each image")
-        check_partners(masks - images, "an image", self.images)
+            raise ValueError(
+                f"{shown(self.masks)} holds no *.png; expected a mask of class ids for each image"
+            )
+        check_partners(masks - images, "an image .jpg", self.images)
         if layout == "ade20k":
-            check_partners(images - masks, "a mask", self.masks)
+            check_partners(images - masks, "a mask .png", self.masks)
         self.names = sorted(masks)
 
     def __len__(self):
         return len(self.names)
 
     def name(self, i):
-        return f"{self.names[i]}.jpg"
+        return self.image_files[self.names[i]].name
 
     def sample(self, i):
-        path, mask_path = self.images / self.name(i), self.masks / f"{self.names[i]}.png"
-        image = read(path, "RGB")
-        mask = read(mask_path)
-        if image.shape[1:] != mask.shape[1:]:
-            sizes = ["x".join(map(str, pixels.shape[1:])) for pixels in (mask, image)]
-            raise ValueError(f"{mask_path}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a "
-                             f"mask by "
-                             "nearest neighbor)")
-        labels = self.table[mask[0].int()]
+        file = self.mask_files[self.names[i]]
+        image = read_image(self.image_files[self.names[i]])
+        mask = read_mask(file)
+        if image.shape[1:] != mask.shape:
+            sizes = ["x".join(map(str, size)) for size in (mask.shape, image.shape[1:])]
+            raise ValueError(
+                f"{shown(file)}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a "
+                "mask by nearest neighbor)"
+            )
+        labels = self.table[mask.int()]
         if (labels < 0).any():
-            raise ValueError(f"{mask_path}: value {mask[0][labels < 0][0]} is none of the {len(self.classes)} ids; "
-                             f"map it, "
-                             "or write 0 to ignore it")
+            raise ValueError(
+                f"{shown(file)}: value {mask[labels < 0][0]} is none of the {len(self.classes)} ids; "
+                "map it, or write 0 to ignore it"
+            )
         if (labels == IGNORE).all():
-            raise ValueError(f"{mask_path}: every pixel is 0, which is ignored; label some, or remove image and mask")
+            raise ValueError(
+                f"{shown(file)}: every pixel is 0, which is ignored; label some, or remove image and "
+                "mask"
+            )
         return image, labels.to(torch.uint8)
 
 
-def read(path, convert=None):
-    """A file -> uint8 (C, H, W). convert None: a mask of 8 bits, whose numbers are ids; a palette is for the eye."""
-    try:
-        with Image.open(path) as picture:
-            if convert is None and picture.mode not in ("L", "P"):
-                raise ValueError(f"a mask has one channel of 8 bits with class ids, this one has mode {picture.mode}")
-            return v2.functional.pil_to_tensor(picture.convert(convert) if convert else picture)
-    except BROKEN as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"cannot read {path} ({reason}); repair it, or remove image and mask") from None
+def files_by_stem(folder, suffixes):
+    """{name without suffix: file}; .JPG is .jpg. Hidden files do not count."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() not in suffixes or file.name.startswith("."):
+            continue
+        if file.stem in files:
+            raise ValueError(
+                f"{shown(folder)} holds {shown(files[file.stem].name)} and {shown(file.name)}, which share a "
+                "mask; remove one"
+            )
+        files[file.stem] = file
+    return files
+
+
+def read_mask(file):
+    """A mask file -> uint8 (H, W) of class ids; a palette is for the eye."""
+    with open_picture(file) as picture:
+        if picture.mode not in ("L", "P"):
+            raise ValueError(
+                f"a mask has one channel of 8 bits with class ids, this one has mode {picture.mode}"
+            )
+        return v2.functional.pil_to_tensor(picture)[0]
 
 
 def check_partners(lonely, what, folder):
     if lonely:
-        raise ValueError(f"{min(lonely)} (the first of {len(lonely)}) lacks {what} in {folder}; add it or remove its "
-                         "partner")
+        raise ValueError(
+            f"{shown(min(lonely))} (the first of {len(lonely)}) lacks {what} in {shown(folder)}; add it "
+            "or remove its partner"
+        )
 
 
 def read_ade(root):
@@ -128,10 +161,12 @@ def read_ade(root):
     file, ids = root / "objectInfo150.txt", list(range(1, 151))
     if not file.is_file():
         return ids, [f"class {k}" for k in ids]
-    lines = [line for line in file.read_text().splitlines()[1:] if line.strip()]
+    lines = [line for line in read_text(file).splitlines()[1:] if line.strip()]
     names = [line.split("\t")[-1].split(",")[0].strip() for line in lines]
     if len(names) != len(ids):
-        raise ValueError(f"{file} names {len(names)} classes below its headline, not 150; restore or remove it")
+        raise ValueError(
+            f"{file} names {len(names)} classes below its headline, not 150; restore or remove it"
+        )
     return ids, names
 
 
@@ -139,20 +174,11 @@ def read_coco(root):
     """-> ids and names, in the order of train_id."""
     file = root / "annotations" / "semantic_categories.json"
     if not file.is_file():
-        raise ValueError(f"data-path {str(root)!r} has no annotations/semantic_categories.json, which says what the "
-                         "mask values mean")
-    try:
-        table = sorted(json.loads(file.read_text())["categories"], key=lambda entry: entry["train_id"])
-        ids, names = [entry["id"] for entry in table], [entry["name"] for entry in table]
-        good = [entry["train_id"] for entry in table] == list(range(len(ids)))
-        good = good and set(ids) <= set(range(1, 256)) and len(set(ids)) == len(ids)
-        good = good and len(ids) > 0 and all(isinstance(name, str) for name in names)
-    except (ValueError, KeyError, TypeError, RecursionError):
-        good = False
-    if not good:
-        raise ValueError(f"{file} is no list of categories with name, id (1..255, each once) and train_id (from 0 "
-                         "without gaps); restore it")
-    return ids, names
+        raise ValueError(
+            f"data-path {str(root)!r} has no annotations/semantic_categories.json, which says what the "
+            "mask values mean"
+        )
+    return schema.read_categories(file)
 
 
 class SemanticScenes(Scenes):
@@ -175,6 +201,25 @@ def open_semantic(name, path, train, img_size, size=4096, seed=0, scenes="crowde
 # ---------------------------------------------------------------------------- samples
 
 
+class ShorterSide(v2.RandomShortestSize):
+    """torchvision's, but the short side of a strip keeps a pixel."""
+
+    def make_params(self, flat_inputs):
+        params = super().make_params(flat_inputs)
+        return params | dict(size=tuple(max(1, side) for side in params["size"]))
+
+
+class Fit(v2.Resize):
+    """torchvision's, but the short side of a strip keeps a pixel."""
+
+    def transform(self, inpt, params):
+        sides = inpt.shape[-2:]
+        if min(sides) * self.max_size >= max(sides):
+            return super().transform(inpt, params)
+        size = [max(1, side * self.max_size // max(sides)) for side in sides]
+        return v2.functional.resize(inpt, size, antialias=True)
+
+
 class Segmentations(Dataset):
     """(epoch, index) -> (normalized image float (3, H, W), labels int64 (h, w)).
 
@@ -191,31 +236,50 @@ class Segmentations(Dataset):
     ColorJitter acts on half of the images; torchvision's RandomPhotometricDistort would also swap channels.
     """
 
-    def __init__(self, source, img_size, train, mean=None, std=None, seed=0, indices=None, scale_range=(0.5, 2.0)):
+    def __init__(
+        self,
+        source,
+        img_size,
+        train,
+        mean=None,
+        std=None,
+        seed=0,
+        indices=None,
+        scale_range=(0.5, 2.0),
+    ):
         self.source, self.train, self.seed = source, train, seed
         self.indices = range(len(source)) if indices is None else indices
         size = (img_size, img_size) if isinstance(img_size, int) else tuple(img_size)
         shorter = min(size)
         low, high = (round(shorter * scale) for scale in scale_range)
         if not 1 <= low <= high:
-            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
-                             f"least a "
-                             f"pixel of {shorter}; try (0.5, 2.0)")
+            raise ValueError(
+                f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
+                f"least a "
+                f"pixel of {shorter}; try (0.5, 2.0)"
+            )
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
         if train:
             fill = {tv_tensors.Image: list(mean), tv_tensors.Mask: IGNORE}
-            self.transform = v2.Compose([
-                *(v2.RandomApply([v2.ColorJitter(**{kind: reach})]) for kind, reach in DISTORTIONS.items()),
-                v2.RandomShortestSize(list(range(low, high + 1)), max_size=4 * high, antialias=True),
-                to_float,
-                v2.RandomCrop(size, pad_if_needed=True, fill=fill),
-                v2.RandomHorizontalFlip(),
-                normalize,
-            ])
+            self.transform = v2.Compose(
+                [
+                    *(
+                        v2.RandomApply([v2.ColorJitter(**{kind: reach})])
+                        for kind, reach in DISTORTIONS.items()
+                    ),
+                    ShorterSide(list(range(low, high + 1)), max_size=4 * high, antialias=True),
+                    to_float,
+                    v2.RandomCrop(size, pad_if_needed=True, fill=fill),
+                    v2.RandomHorizontalFlip(),
+                    normalize,
+                ]
+            )
         else:
             longest = max(4 * shorter, max(size))
-            self.transform = v2.Compose([v2.Resize(shorter, max_size=longest, antialias=True), to_float, normalize])
+            self.transform = v2.Compose(
+                [Fit(shorter, max_size=longest, antialias=True), to_float, normalize]
+            )
 
     def __len__(self):
         return len(self.indices)
@@ -251,7 +315,9 @@ def paint(labels, classes):
 def draw_classes(image, labels, classes):
     """An image uint8 (3, H, W) under the colors of its label map, with a legend -> uint8 (3, H + legend, W)."""
     overlay = (0.4 * image + 0.6 * 255 * paint(labels, classes)).round().to(torch.uint8)
-    return v2.functional.pil_to_tensor(with_legend(v2.functional.to_pil_image(overlay), labels.unique(), classes))
+    return v2.functional.pil_to_tensor(
+        with_legend(v2.functional.to_pil_image(overlay), labels.unique(), classes)
+    )
 
 
 def with_legend(picture, numbers, classes):
@@ -284,13 +350,17 @@ def save_segments(path, images, labels, predictions, classes, cell=160, largest=
     predicted = [paint(part[::step, ::step], classes) for part in predictions]
     inputs = []
     for image, part in zip(images, truth, strict=True):
-        inputs.append(F.interpolate(image[None].cpu(), part.shape[1:], mode="bilinear", antialias=True)[0])
+        inputs.append(
+            F.interpolate(image[None].cpu(), part.shape[1:], mode="bilinear", antialias=True)[0]
+        )
 
     # one size for all, then the legend
     height, width = (max(part.shape[side] for part in truth) for side in (1, 2))
     columns = {}
     for name, column in {"image": inputs, "truth": truth, "prediction": predicted}.items():
-        padded = [F.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=1.0) for p in column]
+        padded = [
+            F.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=1.0) for p in column
+        ]
         columns[name] = torch.stack(padded)
     shapes.save_grid(path, columns, cell)
     numbers = torch.cat([part.cpu().flatten().long() for part in (*labels, *predictions)]).unique()
@@ -311,15 +381,27 @@ if __name__ == "__main__":
         for i in range(5):
             image, labels = source.sample(i) if epoch is None else train[epoch, i]
             image = image / 255 if epoch is None else image * std + mean
-            for title, picture in ((name, image), (f"{name}, labels", paint(labels, source.classes))):
+            for title, picture in (
+                (name, image),
+                (f"{name}, labels", paint(labels, source.classes)),
+            ):
                 columns.setdefault(title, []).append(v2.functional.resize(picture, [96, 96]))
-    shapes.save_grid("semantic_demo.png", {title: torch.stack(pictures) for title, pictures in columns.items()})
+    shapes.save_grid(
+        "semantic_demo.png", {title: torch.stack(pictures) for title, pictures in columns.items()}
+    )
 
     pairs = [train[0, i] for i in range(5)]
-    images, labels = torch.stack([image for image, _ in pairs]), torch.stack([part for _, part in pairs])
+    images, labels = (
+        torch.stack([image for image, _ in pairs]),
+        torch.stack([part for _, part in pairs]),
+    )
     outside = labels == IGNORE
-    print(f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect "
-          f"True)")
+    print(
+        f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect "
+        f"True)"
+    )
     zero = not images.movedim(1, -1)[outside].any()
-    print(f"{outside.sum()} pixels beyond the scenes, all zero after normalization: {zero} (expect True)")
+    print(
+        f"{outside.sum()} pixels beyond the scenes, all zero after normalization: {zero} (expect True)"
+    )
     print("saved semantic_demo.png")

@@ -29,6 +29,7 @@ def add_flags(flag):
     add_dense_flags(flag, ("shapes", "coco"), global_blocks="quarters", jitter="none for shapes, else 0.1 2")
     flag("--no-rel-pos", action="store_true", help="no relative position bias")
     flag("--class-agnostic", action="store_true", help="every object is of one class")
+    flag("--boxes-only", action="store_true", help="train and evaluate boxes without masks, for files that have none")
 
 
 def add_dense_flags(flag, sets, global_blocks, jitter):
@@ -93,7 +94,7 @@ def open_scenes(args, train):
         return ShapeScenes(size, args.img_size[0], args.data_seed, train, args.class_agnostic, args.scenes)
     if args.data_path is None:
         raise ValueError("--data coco needs --data-path")
-    return CocoImages(args.data_path, "train2017" if train else "val2017", args.class_agnostic)
+    return CocoImages(args.data_path, "train2017" if train else "val2017", args.class_agnostic, not args.boxes_only)
 
 
 def split_scenes(args, train, val):
@@ -143,7 +144,7 @@ def build_detector(encoder, args, data):
         levels = 1 + len(getattr(encoder, "depths", range(4)))
         sides = [max(4, size * 2**k // 32) for k in range(levels)]
         heads["anchor_sizes"] = [(side, round(side * 2**0.5)) if square else (side,) for side in sides]
-    return vit_mask_rcnn(
+    model = vit_mask_rcnn(
         encoder,
         len(data.classes),
         img_size=size,
@@ -158,6 +159,10 @@ def build_detector(encoder, args, data):
         image_std=data.std,
         **heads,
     )
+    if args.boxes_only:  # torchvision's way to say that there are no masks
+        parts = model.roi_heads
+        parts.mask_roi_pool = parts.mask_head = parts.mask_predictor = None
+    return model
 
 
 def describe_positions(pyramid, args, world):
@@ -182,7 +187,8 @@ def evaluate(model, loader, args, data, world):
     """AP and recall in percent."""
     source = data.val.source
     ids = [source.image_ids[i] for i in data.val.indices]
-    result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, world.main, ids)
+    kinds = ("box",) if args.boxes_only else ("box", "mask")
+    result = coco_evaluate(model, loader, source.truth(), source.ids, world.device, world.main, ids, kinds)
     # -1 or absent: there was nothing to detect
     return {name: 100 * result[name] if result.get(name, -1) >= 0 else math.nan for name in METRICS}
 
@@ -197,8 +203,11 @@ def save_picture(folder, model, args, data, rows=6, threshold=0.5):
         truth.append(pictures.draw_objects(image, boxes, labels, masks, names, "white"))
         out = model([image.to(device)])[0]
         keep = out["scores"] > threshold
-        boxes, labels, masks = (out[name][keep].cpu() for name in ("boxes", "labels", "masks"))
-        detected.append(pictures.draw_objects(image, boxes, labels, masks[:, 0] > 0.5, names, "yellow"))
+        boxes, labels = out["boxes"][keep].cpu(), out["labels"][keep].cpu()
+        masks = torch.zeros(len(boxes), *image.shape[-2:], dtype=torch.bool)
+        if "masks" in out:
+            masks = out["masks"][keep, 0].cpu() > 0.5
+        detected.append(pictures.draw_objects(image, boxes, labels, masks, names, "yellow"))
     pictures.save_grid(folder / "detections.png", {"truth": truth, f"score above {threshold:g}": detected})
 
 
@@ -210,14 +219,16 @@ def predict(model, images, args, classes, threshold=0.05):
         for k in torch.nonzero(out["scores"] >= threshold).flatten().tolist():
             label = out["labels"][k].item()
             x1, y1, x2, y2 = out["boxes"][k].tolist()
-            rle = coco.encode(out["masks"][k, 0] > 0.5)
             objects.append({
                 "class": str(classes[label - 1]),
                 "label": label,
                 "score": out["scores"][k].item(),
                 "bbox": [x1, y1, x2 - x1, y2 - y1],
-                "segmentation": dict(size=[int(side) for side in rle["size"]], counts=rle["counts"].decode()),
             })
+            if "masks" in out:
+                rle = coco.encode(out["masks"][k, 0] > 0.5)
+                size = [int(side) for side in rle["size"]]
+                objects[-1]["segmentation"] = dict(size=size, counts=rle["counts"].decode())
         results.append(dict(objects=objects))
     return results
 
@@ -227,8 +238,10 @@ def draw(image, prediction, classes, threshold=0.5):
     objects = [item for item in prediction["objects"] if item["score"] >= threshold]
     boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
-    masks = [torch.from_numpy(mask.decode(item["segmentation"])).bool() for item in objects]
-    masks = torch.stack(masks) if masks else torch.zeros(0, *image.shape[-2:], dtype=torch.bool)
+    masks = torch.zeros(len(objects), *image.shape[-2:], dtype=torch.bool)
+    for k, item in enumerate(objects):
+        if "segmentation" in item:
+            masks[k] = torch.from_numpy(mask.decode(item["segmentation"])).bool()
     labels = torch.tensor([item["label"] for item in objects], dtype=torch.long)
     names = list(map(str, classes))
     return pictures.to_pil(pictures.draw_objects(image, boxes, labels, masks, names, "yellow"))

@@ -1,4 +1,8 @@
+import os
 import random
+import re
+import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -8,8 +12,6 @@ from torchvision.transforms import v2
 
 import data as module
 import train
-from tasks import classify, evaluation_transform, load_run, probe
-from training.world import World
 from data import (
     AUGMENTATIONS,
     EvalBatches,
@@ -24,6 +26,9 @@ from data import (
     seeded,
 )
 from shapes import Shapes
+from tasks import classify, evaluation_transform, load_run, probe
+from training import sources
+from training.world import World
 
 CPU = torch.device("cpu")
 
@@ -301,6 +306,129 @@ def test_a_set_of_nothing_but_broken_images_is_an_error_not_a_loop(tmp_path):
     (tmp_path / "train/cat/0.png").write_bytes(b"junk")
     with pytest.raises(ValueError, match="none of the 1 images"):
         Folder(str(tmp_path), train=True, skip_bad=True)[0]
+
+
+def test_odd_names_stay_in_one_printable_line_and_are_skipped(tmp_path):
+    root = write_folder(tmp_path, each=1)
+    names = [b"line\nbreak.png", b"not-utf8-\xff.png"]
+    for name in names:
+        (root / "train" / "cat" / os.fsdecode(name)).write_bytes(b"junk")
+    source = Folder(str(root), train=True)
+    for i, words in ((1, r"line\\nbreak.png"), (2, r"not-utf8-\\udcff.png")):
+        with pytest.raises(ValueError, match=words) as error:
+            source[i]
+        assert "\n" not in str(error.value) and str(error.value).encode()
+    skipping = Folder(str(root), train=True, skip_bad=True)
+    assert torch.equal(skipping[1][0], source[3][0]) and skipping.bad.sum() == 2
+
+
+@pytest.mark.parametrize("height, width", [(1, 1_000_000), (1_000_000, 1)])
+def test_of_a_long_strip_only_the_middle_is_resized(height, width, monkeypatch):
+    resized = []
+    resize = module.v2.functional.resize
+
+    def watch(image, *arguments, **options):
+        resized.append(image)
+        return resize(image, *arguments, **options)
+
+    monkeypatch.setattr(module.v2.functional, "resize", watch)
+    strip = torch.zeros(3, 1_000_000, dtype=torch.uint8)
+    strip[:, 499_900:500_100] = 9
+    image = strip.view(3, height, width)
+    out = FitSize((224, 224))(image)
+    assert out.shape == (3, 224, 224) and (out == 9).all() and resized[0].numel() < 100
+
+
+@pytest.mark.parametrize("height, width", [(300, 200), (40, 300), (500, 40)])
+def test_ordinary_images_are_resized_whole(height, width):
+    image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    scale = 8 / 7 * max(32 / height, 32 / width)
+    size = [round(height * scale), round(width * scale)]
+    whole = module.v2.functional.resize(image, size, module.v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(FitSize((32, 32))(image), module.v2.functional.center_crop(whole, [32, 32]))
+
+
+# ---------------------------------------------------------------------------- folders without labels, or without val/
+
+
+def test_hidden_folders_and_files_are_no_classes_and_no_images(tmp_path):
+    root = write_folder(tmp_path, kinds=(".ipynb_checkpoints", "cat", "dog"), each=1)
+    (root / "train" / "cat" / "._0.png").write_bytes(b"litter of a Mac")
+    source = Folder(str(root), train=True)
+    assert source.classes == ["cat", "dog"] and [label for _, label in source.samples] == [0, 1]
+
+
+def photos(root):
+    """Photos of mixed sizes and formats, some in folders."""
+    (root / "2019" / "summer").mkdir(parents=True)
+    (root / ".thumbnails").mkdir()
+    rng = np.random.default_rng(0)
+    names = ["a.jpg", "b.PNG", "2019/c.webp", "2019/summer/d.bmp", "2019/summer/e.tif", ".thumbnails/f.png"]
+    for n, name in enumerate(names):
+        pixels = rng.integers(0, 256, (40 + n, 50 - n, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / name)
+    (root / "notes.txt").write_text("no image")
+    return root
+
+
+def test_any_folder_of_images_serves_where_no_labels_are_needed(tmp_path):
+    source = open_source("folder", str(photos(tmp_path)), True, (32, 32), labeled=False)
+    names = [os.path.relpath(file, tmp_path) for file, _ in source.samples]
+    assert names == ["a.jpg", "b.PNG", "2019/c.webp", "2019/summer/d.bmp", "2019/summer/e.tif"]
+    assert {label for _, label in source.samples} == {0} and source[4][0].shape == (3, 44, 46)
+    with pytest.raises(ValueError, match="has no folder train/"):
+        Folder(str(tmp_path), train=True)
+    with pytest.raises(ValueError, match="no image"):
+        (tmp_path / "empty").mkdir()
+        Folder(str(tmp_path / "empty"), train=True, labeled=False)
+
+
+def test_photos_in_train_without_class_folders_are_refused_where_labels_are_needed(tmp_path):
+    photos(tmp_path / "train" / "photos")
+    os.rename(tmp_path / "train" / "photos", tmp_path / "flat")
+    os.rmdir(tmp_path / "train")
+    os.rename(tmp_path / "flat", tmp_path / "train")
+    shutil.rmtree(tmp_path / "train" / "2019")
+    with pytest.raises(ValueError, match="--task pretrain"):
+        Folder(str(tmp_path), train=True)
+    assert len(Folder(str(tmp_path), train=True, labeled=False)) == 2
+
+
+def test_photos_of_mixed_sizes_pretrain_as_they_are_with_a_validation_set_cut_off(tmp_path, capsys):
+    flags = "--task pretrain --data folder --segments 2 --embed-dim 32 --depth 2 --num-heads 2 --patch-size 8"
+    flags += f" --img-size 32 --epochs 1 --batch-size 2 --val-share 0.2 --data-path {photos(tmp_path / 'photos')}"
+    train.main([*flags.split(), "--output-dir", str(tmp_path / "run")])
+    assert re.search(r"val_loss \d", capsys.readouterr().out)
+
+
+def test_photos_without_data_folder_are_refused(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        train.main(f"--task pretrain --data-path {tmp_path} --output-dir {tmp_path / 'run'}".split())
+    assert error.value.code == 2 and "--data-path belongs to --data" in capsys.readouterr().err
+
+
+def share_flags(**flags):
+    plain = dict(data="folder", img_size=[32, 32], data_size=None, data_seed=None, scenes=None, skip_bad=None)
+    plain |= dict(download=None, stats=False, train_images=None, val_images=None, task="classify", seed=0)
+    return SimpleNamespace(**(plain | flags))
+
+
+def test_a_share_of_train_serves_for_validation_the_same_for_the_same_seed(tmp_path):
+    world = SimpleNamespace(main=True, say=print)
+    flags = dict(data_path=str(write_folder(tmp_path, ("train",), each=10)), val_share=0.1)
+    cut = {seed: sources.open_images(share_flags(seed=seed, **flags), world) for seed in (0, 1)}
+    again = sources.open_images(share_flags(**flags), world)
+    assert len(cut[0].val_indices) == 2 and sorted(cut[0].indices + cut[0].val_indices) == list(range(20))
+    assert cut[0].val_indices == again.val_indices and cut[0].indices == again.indices
+    assert cut[0].val_indices != cut[1].val_indices and cut[0].val is cut[0].train
+    assert len(cut[0].train.cached[0]) == 20  # both halves are decoded once
+    fewer = sources.open_images(share_flags(train_images=5, val_images=1, **flags), world)
+    assert len(fewer.indices) == 5 and set(fewer.indices) < set(again.indices)
+    assert len(fewer.val_indices) == 1 and set(fewer.val_indices) < set(again.val_indices)
+    with pytest.raises(ValueError, match="--val-share 0.01"):
+        sources.open_images(share_flags(**{**flags, "val_share": 0.01}), world)
+    with pytest.raises(ValueError, match="--val-share"):
+        sources.open_images(share_flags(**{**flags, "val_share": None}), world)
 
 
 @pytest.mark.parametrize("parts, message", [((), "train"), (("val",), "train")])

@@ -1,5 +1,6 @@
 """Detection: Mask R-CNN on an encoder, trained by the loop and judged by average precision."""
 
+import json
 import math
 import re
 
@@ -19,9 +20,11 @@ from small_runs import (
     start,
     weights,
 )
+from torchvision.transforms.functional import to_pil_image
 
 import train
 from data import first_of_shuffle
+from detect import vit_mask_rcnn
 from tasks import load_run
 from vit import create_vit
 
@@ -161,6 +164,44 @@ def test_class_agnostic_detection_has_one_class(tmp_path):
     assert weights(tmp_path)["roi_heads.box_predictor.cls_score.weight"].shape[0] == 2
     assert len(checkpoint(tmp_path)["classes"]) == 1
     assert 0 <= log(tmp_path)[-1]["proposal_recall"] <= 100
+
+
+def test_a_coco_file_with_boxes_only_trains_and_is_judged_by_boxes(tmp_path, capsys):
+    for split in ("train2017", "val2017"):
+        (tmp_path / split).mkdir()
+        content = dict(images=[], categories=[dict(id=1, name="cat")], annotations=[])
+        for k in range(4):
+            to_pil_image(torch.rand(3, 48, 48)).save(tmp_path / split / f"{k}.png")
+            content["images"].append(dict(id=k, file_name=f"{k}.png", height=48, width=48))
+            entry = dict(id=k, image_id=k, category_id=1, bbox=[4, 4, 20, 30], area=600, iscrowd=0)
+            content["annotations"].append(entry)
+        (tmp_path / "annotations").mkdir(exist_ok=True)
+        (tmp_path / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
+
+    flags = f"--task detect --data coco --data-path {tmp_path} --epochs 1 --batch-size 2 {SIZES}"
+    assert "--boxes-only" in refused(flags, capsys, tmp_path / "refused")
+    start(f"{flags} --boxes-only", tmp_path / "run")
+    last = log(tmp_path / "run")[-1]
+    assert last["box_ap"] >= 0 and last["mask_ap"] is None and math.isfinite(last["train_loss"])
+    assert not any("mask" in name for name in weights(tmp_path / "run"))
+    run = load_run(tmp_path / "run")
+    image = torch.randint(0, 256, (3, 48, 48), dtype=torch.uint8)
+    prediction, = run.predict([image])
+    assert json.dumps(prediction) and run.draw(image, prediction).size == (48, 48)
+
+
+@pytest.mark.parametrize("height, width", [(2, 2000), (2000, 2), (1, 300)])
+def test_a_strip_is_padded_rather_than_resized_to_nothing(height, width):
+    model = vit_mask_rcnn(create_vit("vit_demo", img_size=64, patch_size=8, depth=4, num_classes=0), 2, 64,
+                          norm="group", channels=16, box_dim=32, box_convs=1, mask_convs=1, rpn_convs=1,
+                          box_score_thresh=0.0)
+    boxes = torch.tensor([[0.0, 0, width, height]])
+    target = dict(boxes=boxes, labels=torch.tensor([1]), masks=torch.ones(1, height, width, dtype=torch.uint8))
+    images, targets = model.transform([torch.rand(3, height, width)], [target])
+    assert min(images.image_sizes[0]) >= 1 and max(images.image_sizes[0]) == 64
+    assert targets[0]["masks"].shape[1:] == images.image_sizes[0]
+    out, = model.eval()([torch.rand(3, height, width)])
+    assert out["masks"].shape[2:] == (height, width)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 IDEAS = """vit masking mae mirl hierarchical mixmim mixer resnet sam geometry supcon robust pyramid detect
     segment""".split()
-DATA = "shapes augment data coco semantic checkpoints".split()
+DATA = "shapes files schema augment data coco semantic formats checkpoints".split()
 ENTRY = [name for name in ("train", "predict") if (ROOT / f"{name}.py").exists()]
 PACKAGES = ("tasks", "training")
-OURS = {"shapes", "data", "checkpoints", "train", "predict"}  # they implement no paper
+OURS = {"shapes", "files", "schema", "data", "checkpoints", "train", "predict"}  # they implement no paper
 
 CONCEPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ENTRY)
 MODULES = [*CONCEPTS, *ENTRY]

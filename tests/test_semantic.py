@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,10 @@ def test_a_bad_pair_is_named_in_one_sentence(tmp_path, layout, case, words):
         '{"categories": []}',
         '{"categories": [{"id": 1, "name": "a", "train_id": 1}]}',
         '{"categories": [{"id": 300, "name": "a", "train_id": 0}]}',
+        '{"categories": [{"id": 1, "name": 7, "train_id": 0}]}',
+        '{"categories": [{"id": 0, "name": "a", "train_id": 0}]}',
+        '{"categories": [{"id": 1, "name": "a", "train_id": null}]}',
+        "[" * 100_000,
     ],
 )
 def test_a_bad_table_of_categories_is_named(tmp_path, text):
@@ -149,6 +154,43 @@ def test_the_generated_scenes_have_their_background_as_class_0():
         and torch.equal(labels.long(), scene["semantic"])
         and labels.shape == (32, 48)
     )
+
+
+@pytest.mark.parametrize("suffix", ["JPG", "jpeg"])
+def test_other_spellings_of_jpg_are_read_and_two_of_one_name_are_refused(tmp_path, suffix):
+    root, images, _ = write(tmp_path, "ade20k")
+    (images / "a.jpg").rename(images / f"a.{suffix}")
+    (images / "._a.jpg").write_bytes(b"litter")
+    source = SemanticFolder("ade20k", root)
+    assert [source.name(i) for i in range(2)] == [f"a.{suffix}", "b.jpg"] and source.sample(0)[0].shape == (3, 30, 40)
+    (images / "a.jpg").write_bytes(b"another")
+    with pytest.raises(ValueError, match=f"a.{suffix}"):
+        SemanticFolder("ade20k", root)
+
+
+def test_a_pipe_in_place_of_a_mask_is_named_and_does_not_hang(tmp_path):
+    root, _, masks = write(tmp_path, "ade20k")
+    (masks / "a.png").unlink()
+    os.mkfifo(masks / "a.png")
+    with pytest.raises(ValueError, match="a.png is no regular file"):
+        SemanticFolder("ade20k", root).sample(0)
+
+
+def test_names_that_are_not_utf8_are_refused(tmp_path):
+    root, *_ = write(tmp_path, "ade20k")
+    (root / "objectInfo150.txt").write_bytes(b"Name\n" + b"caf\xe9\n" * 150)
+    with pytest.raises(ValueError, match="objectInfo150.txt is not UTF-8"):
+        SemanticFolder("ade20k", root)
+
+
+@pytest.mark.parametrize("height, width", [(1, 2000), (2000, 2), (1, 1)])
+def test_a_strip_keeps_a_pixel_on_its_short_side(height, width):
+    data = Segmentations(Coded(height, width), 32, train=True)
+    assert [tuple(part.shape) for part in data[0, 0]] == [(3, 32, 32), (32, 32)]
+    image, labels = Segmentations(Coded(height, width), 32, train=False)[0, 0]
+    longest = max(image.shape[1:])
+    assert min(image.shape[1:]) >= 1 and longest == (32 if height == width else 128)
+    assert labels.shape == (height, width)
 
 
 COCO = ROOT.parent / "shared" / "data" / "coco256"

@@ -29,7 +29,7 @@ def set_size(args):
     if args.task == "segment":  # stuff, and the background of shapes, are classes there
         classes = {"coco": 133, "shapes": 11}.get(args.data, classes)
     if args.data == "folder" and args.data_path and Path(args.data_path).is_dir():
-        source = Folder(args.data_path, train=True)
+        source = Folder(args.data_path, train=True, labeled=args.task != "pretrain")
         images, classes = len(source), len(source.classes)
     if getattr(args, "class_agnostic", False):
         classes = 1

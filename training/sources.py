@@ -8,12 +8,14 @@ Needs: torch; data.py.
 import argparse
 from typing import NamedTuple
 
+import torch
+
 from data import AUGMENTATIONS, Folder, channel_statistics, first_of_shuffle, open_source
 from training.flags import between, count, path
 
 READ_BY = {  # flags that act on some sets only
     "data_path": ("cifar10", "cifar100", "folder", "coco", "ade20k"), "download": ("cifar10", "cifar100"),
-    "skip_bad": ("folder",), "data_size": ("shapes",), "data_seed": ("shapes",),
+    "skip_bad": ("folder",), "val_share": ("folder",), "data_size": ("shapes",), "data_seed": ("shapes",),
     "scenes": ("shapes",)}
 
 
@@ -43,6 +45,7 @@ def image_flags(flag):
     flag("--download", action="store_true", default=None, help="let torchvision fetch CIFAR")
     flag("--skip-bad", action="store_true", default=None, help="folder: replace unreadable images instead of "
                                                                "stopping")
+    flag("--val-share", type=between(0, 1), help="folder: use this share of train/ for validation instead of val/")
     flag("--stats", action="store_true", help="measure mean and std on the data instead of taking the set's own")
     flag("--mean-std", type=float, nargs=2, metavar=("MEAN", "STD"),
          help="of all three channels, instead of the set's own: 0.5 0.5 for BEiT and files from JAX")
@@ -85,7 +88,8 @@ class Sources(NamedTuple):
 def open_images(args, world, need_val=True):
     """Training and validation set of whole images, opened and, where small, decoded."""
     options = dict(name=args.data, path=args.data_path, img_size=tuple(args.img_size), size=args.data_size,
-                   seed=args.data_seed, scenes=args.scenes, skip_bad=args.skip_bad)
+                   seed=args.data_seed, scenes=args.scenes, skip_bad=args.skip_bad,
+                   labeled=args.task != "pretrain")
     # rank 0 downloads, the others wait
     if args.download and not world.main:
         world.gather(None)
@@ -93,17 +97,22 @@ def open_images(args, world, need_val=True):
     if args.download and world.main:
         world.gather(None)
 
-    try:
-        val = open_source(train=False, download=bool(args.download and world.main), **options)
-    except ValueError as error:
-        if need_val:
-            raise
-        val = None  # unlabeled sets often have no second half
-        world.say(f"no validation set: {error}")
+    val = None
+    if not args.val_share:
+        try:
+            val = open_source(train=False, download=bool(args.download and world.main), **options)
+        except ValueError as error:
+            way_out = "; or give --val-share 0.1, a tenth of the images" if args.data == "folder" else ""
+            if need_val:
+                raise ValueError(f"{error}{way_out}") from None
+            world.say(f"no validation set: {error}{way_out}")  # unlabeled sets often have none
     sources = split(args, train, val)
 
     # decoded now, once, before loading processes copy it
-    for source, indices in ((sources.train, sources.indices), (sources.val, sources.val_indices)):
+    wanted = {sources.train: sources.indices}
+    if sources.val is not None:
+        wanted[sources.val] = sorted(wanted.get(sources.val, []) + sources.val_indices)
+    for source, indices in wanted.items():
         if isinstance(source, Folder):
             source.cache(indices, progress=world.main)
         getattr(source, "images", None)  # shapes are drawn at the first look
@@ -121,15 +130,29 @@ def split(args, train, val):
     if val is not None and args.task != "pretrain" and list(val.classes) != list(train.classes):
         differ = sorted(set(train.classes) ^ set(val.classes), key=str)[:3]
         raise ValueError(f"the classes of train and val differ: {', '.join(map(str, differ)) or 'another order'}")
-    indices = list(range(len(train)))
-    if args.train_images is not None:
-        indices = first_of_shuffle(len(train), args.train_images)
-    val_indices = None
-    if val is not None:
+    indices, val_indices = list(range(len(train))), None
+    if getattr(args, "val_share", None):
+        indices, val_indices = share(len(train), args.val_share, args.seed)
+        val = train
+    elif val is not None:
         val_indices = list(range(len(val)))
-        if args.val_images is not None:
-            val_indices = first_of_shuffle(len(val), args.val_images, "val-images")
+
+    # the first of a shuffle of each
+    if args.train_images is not None:
+        indices = [indices[i] for i in first_of_shuffle(len(indices), args.train_images)]
+    if val is not None and args.val_images is not None:
+        val_indices = [val_indices[i] for i in first_of_shuffle(len(val_indices), args.val_images, "val-images")]
     return Sources(train, val, indices, val_indices, train.mean, train.std)
+
+
+def share(number, part, seed):
+    """-> the indices to train on, and those of --val-share; which, depends on the seed alone."""
+    held_out = round(part * number)
+    if not 1 <= held_out < number:
+        raise ValueError(f"--val-share {part:g} of {number} images leaves {number - held_out} to train on and "
+                         f"{held_out} for validation; give another share")
+    order = torch.randperm(number, generator=torch.Generator().manual_seed(seed)).tolist()
+    return sorted(order[held_out:]), sorted(order[:held_out])
 
 
 def skipped_images(data):
