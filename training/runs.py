@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 
 from checkpoints import read_checkpoint
+from training import pictures
 from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
@@ -217,6 +218,8 @@ class Run:
         if at.bad_in_a_row:
             raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last good "
                              "checkpoint stays, try a smaller --lr, more --warmup-epochs or --clip-grad 1")
+        if self.world.main:
+            pictures.save_curves(self.folder)
         self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it
 
     # what it says
