@@ -165,10 +165,10 @@ def compare(run, photos, args, most=6):
     similarity = F.cosine_similarity(features - mean, run.features([image]) - mean)
     order = similarity.argsort(descending=True).tolist()
     nearest = [k for k in order if not kept[k].samefile(args.neighbors)][:most]
-    columns = {f"query: {args.neighbors}": image}
+    columns = {f"query: {query.paths[0].name}": image}
     for k in nearest:
         print(f"{kept[k]}: similarity {similarity[k]:.3f}")
-        columns[f"{similarity[k]:.3f} {kept[k]}"] = photos.read(photos.paths.index(kept[k]))
+        columns[f"{similarity[k]:.3f} {kept[k].name}"] = photos.read(photos.paths.index(kept[k]))
     pictures.row(columns).save(drawing)
     print(f"saved {drawing}")
 

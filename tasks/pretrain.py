@@ -169,13 +169,14 @@ def reconstructions(model, images, args, mean, std, noise):
     return {name: (column * std + mean).clamp(0, 1).cpu() for name, column in columns.items()}
 
 
-def predict(model, images, args, classes, least=8):
+def predict(model, images, args, classes):
     """The loss on hidden patches, that of predicting each patch's mean, and the reconstructions as a PNG in base64.
 
-    All images have the same mask. MixMIM mixes an image with the next one, and MIRL centers its residual over
-    the batch: shifted copies join a batch of fewer than `least` images.
+    All images have the same mask. For the picture MixMIM mixes two images, and MIRL centers its residual over
+    the batch; where that is too small, shifted copies join it.
     """
     batch = torch.stack(images)
+    least = {"mirl": 8, "mixmim": 2}.get(args.method, 1)
     copies = [batch]
     for k in range(1, -(-least // len(batch))):
         copies.append(batch.roll((k * batch.shape[-2] // least, k * batch.shape[-1] // least), dims=(-2, -1)))
@@ -191,7 +192,7 @@ def predict(model, images, args, classes, least=8):
         loss = model(alone, args.mask_ratio, mask_noise(noise[:len(alone)], args)).loss
         baseline = patch_mean_loss(image[None], args.stride, args.norm_pix_loss is not False)
         row = {name: column[i:i + 1] for name, column in columns.items()}
-        picture = base64.b64encode(pictures.grid_png(row)).decode()
+        picture = base64.b64encode(pictures.grid_png(row, cell=192)).decode()
         results.append(dict(loss=loss.item(), baseline=baseline.item(), picture=picture))
     return results
 

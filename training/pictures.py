@@ -24,11 +24,11 @@ def spread(dataset, number):
     return [dataset[0, i] for i in indices.tolist()]
 
 
-def save_grid(path, columns):
+def save_grid(path, columns, cell=128):
     """{caption: images} -> a PNG with a column per caption. Images of different sizes are padded to the largest."""
     columns = {name: stacked(images) for name, images in columns.items()}
     side = max(max(images.shape[-2:]) for images in columns.values())
-    shapes.save_grid(path, columns, cell=max(128, min(side, 320)))
+    shapes.save_grid(path, columns, cell=max(cell, min(side, 320)))
 
 
 def stacked(images):
@@ -40,10 +40,10 @@ def stacked(images):
     return torch.stack(padded) / 255
 
 
-def grid_png(columns):
+def grid_png(columns, cell=128):
     """The bytes of such a grid."""
     buffer = io.BytesIO()
-    save_grid(buffer, columns)
+    save_grid(buffer, columns, cell)
     return buffer.getvalue()
 
 
@@ -72,27 +72,28 @@ def captioned(image, lines):
     """A uint8 image (3, H, W) with lines of text below."""
     picture = to_pil_image(enlarged(image, 256))
     font = ImageFont.load_default(size=16)
-    text = "\n".join(lines)
-    page = Image.new("RGB", (picture.width, picture.height + 22 * len(lines) + 8), "white")
-    width = ImageDraw.Draw(page).textbbox((6, 0), text, font=font)[2]
-    page = page.crop((0, 0, max(page.width, math.ceil(width) + 6), page.height))
-    page.paste("white", (0, 0, *page.size))
+    longest = max(font.getlength(line) for line in lines)
+    size = max(picture.width, math.ceil(longest) + 12), picture.height + 22 * len(lines) + 8
+    page = Image.new("RGB", size, "white")
     page.paste(picture)
-    ImageDraw.Draw(page).text((6, picture.height + 4), text, fill="black", font=font, spacing=6)
+    draw = ImageDraw.Draw(page)
+    for k, line in enumerate(lines):
+        draw.text((6, picture.height + 4 + 22 * k), line, fill="black", font=font)
     return page
 
 
 def row(columns, side=192):
     """{caption: uint8 image (3, H, W)} -> a picture of them side by side, each fitted into a square, captions above."""
     font = ImageFont.load_default(size=13)
-    page = Image.new("RGB", (len(columns) * (side + 8) + 8, side + 60), "white")
+    page = Image.new("RGB", (len(columns) * (side + 8) + 8, side + 68), "white")
     draw = ImageDraw.Draw(page)
     for k, (caption, image) in enumerate(columns.items()):
+        left = 8 + k * (side + 8)
+        lines = shapes.wrap(caption, side, font).splitlines()
+        draw.text((left, 6), "\n".join(lines[:3]), fill="black", font=font)
         picture = to_pil_image(enlarged(image, side))
         picture.thumbnail((side, side))
-        left = 8 + k * (side + 8)
-        draw.text((left, 6), shapes.wrap(caption, side, font), fill="black", font=font)
-        page.paste(picture, (left, 52))
+        page.paste(picture, (left, 60))
     return page
 
 
@@ -104,7 +105,7 @@ def new_files(folder, paths):
         while file in files:
             file, number = Path(folder, f"{path.stem}_{number}.png"), number + 1
         if file.exists():
-            raise ValueError(f"--output-dir {folder} already holds {file.name}; choose another folder")
+            raise ValueError(f"{file} exists already and is not written over; choose another --output-dir")
         files[file] = path
     Path(folder).mkdir(parents=True, exist_ok=True)
     return list(files)
