@@ -100,8 +100,9 @@ class LoadedRun:
     @torch.no_grad()
     def features(self, images):
         """The encoder's pooled features, (n, D) on the CPU: what --task probe reads."""
+        encoder = self.encoder
         batch = torch.stack([self.transform(as_tensor(image)) for image in images])
-        return self.encoder(batch.to(self.device)).float().cpu()
+        return encoder(batch.to(self.device)).float().cpu()
 
     @cached_property
     def encoder(self):
@@ -127,7 +128,9 @@ class LoadedRun:
             raise ValueError(f"--export saves runs of --task classify, probe and segment, not of {args.task}; train "
                              "a probe on this one first")
         images = torch.zeros(2, 3, *args.img_size, device=self.device)
-        program = torch.export.export(self.model, (images,), dynamic_shapes=({0: torch.export.Dim("batch")},))
+        free = ({0: torch.export.Dim("batch")},)
+        strict = args.task == "segment"  # PyramidPooling looks at len(x), which only the slower way leaves free
+        program = torch.export.export(self.model, (images,), dynamic_shapes=free, strict=strict)
         about = dict(classes=self.classes, mean=args.mean, std=args.std, img_size=args.img_size)
         torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
         height, width = args.img_size

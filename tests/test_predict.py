@@ -4,13 +4,14 @@ import base64
 import io
 import json
 import sys
+from pathlib import Path
 
 import numpy
 import pytest
 import torch
 from PIL import Image
-from small_runs import (
-    CLASSIFY, CONTRAST, DENSE, DETECT, FOLDER, MIXMIM, PRETRAIN, SEGMENT, VIT, built, log, start)
+from small_runs import CLASSIFY, CONTRAST, FOLDER, MIXMIM, PRETRAIN, VIT, built, log, start
+from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 import predict
@@ -19,9 +20,11 @@ from segment import confusion_matrix, mean_iou
 from semantic import SemanticFolder
 from shapes import Shapes
 from tasks import load_run, probe
+from tasks.detection import coco_results
 from training import pictures
 from training.world import World
 
+PROBE = f"--task probe {VIT} --data-size 64"
 SIZES = [(48, 48), (40, 60), (60, 40), (33, 70)]
 
 
@@ -66,21 +69,39 @@ def label_map(line):
 # ---------------------------------------------------------------------------- agreement with the evaluation
 
 
-def test_accuracy_from_the_json_is_that_of_the_log(tmp_path):
+@pytest.fixture(scope="module")
+def classifier(tmp_path_factory):
+    """A run on a folder of images of two classes, with an average of its weights."""
+    root = tmp_path_factory.mktemp("classifier")
     for split, images in (("train", 8), ("val", 7)):
         for k, name in enumerate(("cat", "dog")):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
+            (root / "data" / split / name).mkdir(parents=True)
             for i in range(images):
-                to_pil_image(photo(8 * k + i, SIZES[i % 4])).save(tmp_path / "data" / split / name / f"{i}.png")
-    run = tmp_path / "run"
-    start(f"{FOLDER} --img-size 32 --data-path {tmp_path / 'data'}", run)
-    call(run, tmp_path / "data" / "val", "--json", tmp_path / "seen.jsonl")
+                to_pil_image(photo(8 * k + i, SIZES[i % 4])).save(root / "data" / split / name / f"{i}.png")
+    start(f"{FOLDER} --ema 0.5 --img-size 32 --data-path {root / 'data'}", root / "run")
+    return root / "run"
 
+
+def test_accuracy_from_the_json_is_that_of_the_log(classifier, tmp_path):
+    call(classifier, classifier.parent / "data" / "val", "--json", tmp_path / "seen.jsonl")
     lines = lines_of(tmp_path / "seen.jsonl")
     correct = [f"/{line['classes'][0]['class']}/" in line["path"] for line in lines]
     assert len(lines) == 14
-    assert 100 * sum(correct) / 14 == pytest.approx(log(run)[-1]["val_acc"], abs=1e-3)
+    assert 100 * sum(correct) / 14 == pytest.approx(log(classifier)[-1]["val_acc"], abs=1e-3)
     assert sum(item["probability"] for item in lines[0]["classes"]) == pytest.approx(1, abs=1e-5)
+
+
+def test_a_run_with_an_average_of_its_weights_is_used_as_it_was_evaluated(classifier):
+    run, saved = load_run(classifier), torch.load(classifier / "checkpoint.pt", weights_only=True)
+    assert torch.equal(run.model.head.weight, saved["ema"]["module.head.weight"])
+    assert not torch.equal(run.model.head.weight, saved["model"]["head.weight"])
+
+    # and its loss, which moves with every weight, is that of the log
+    data = datasets.ImageFolder(classifier.parent / "data" / "val")
+    images, labels = zip(*data)
+    logits = run.model(torch.stack([run.transform(pil_to_tensor(image)) for image in images]))
+    loss = torch.nn.functional.cross_entropy(logits, torch.tensor(labels))
+    assert loss.item() == pytest.approx(log(classifier)[-1]["val_loss"], abs=1e-4)
 
 
 def coco_folder(root, split, ids):
@@ -103,79 +124,92 @@ def coco_folder(root, split, ids):
         image["file_name"] = f"{image['id']:012d}.png"
     for entry in content["annotations"]:
         entry["image_id"] = ids[entry["image_id"]]
-        entry["segmentation"] = dict(size=entry["segmentation"]["size"], counts=entry["segmentation"]["counts"].decode())
+        entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
     content["categories"] = [dict(id=3, name="car"), dict(id=18, name="dog")]
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
 
-def test_average_precision_from_the_coco_file_is_that_of_the_log(tmp_path, capsys):
-    coco = pytest.importorskip("pycocotools.coco")
-    data = tmp_path / "data"
-    coco_folder(data, "train2017", [100 + k for k in range(16)])
-    coco_folder(data, "val2017", [5, 139, 7, 9, 12])
-    start(f"--task detect {DENSE} --epochs 6 --blr 0.5 --data coco --data-path {data} --jitter 0 0"
-          .replace("--data-size 16", ""), tmp_path / "run")
-    call(tmp_path / "run", data / "val2017", "--json", tmp_path / "seen.json", "--coco")
-    assert "image_id: the number in its name; category_id: COCO's own" in capsys.readouterr().out
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory):
+    """A run on a set in COCO's layout that learns where the objects are."""
+    pytest.importorskip("pycocotools")
+    root = tmp_path_factory.mktemp("detector")
+    coco_folder(root / "data", "train2017", [100 + k for k in range(16)])
+    coco_folder(root / "data", "val2017", [5, 139, 7, 9, 12])
+    sizes = "--img-size 48 --patch-size 8 --depth 4 --embed-dim 32 --num-heads 2"
+    flags = f"--task detect {sizes} --epochs 3 --batch-size 4 --blr 0.5 --jitter 0 0 --eval-every 3"
+    start(f"{flags} --data coco --data-path {root / 'data'}", root / "run")
+    return root / "run"
 
-    truth = coco.COCO(data / "annotations" / "instances_val2017.json")
-    results = json.loads((tmp_path / "seen.json").read_text())
-    last = log(tmp_path / "run")[-1]
+
+def test_average_precision_from_the_coco_file_is_that_of_the_log(detector, tmp_path, capsys):
+    from pycocotools.coco import COCO
+
+    data = detector.parent / "data"
+    call(detector, data / "val2017", "--json", tmp_path / "seen.json", "--coco")
+    assert "image_id: the number in its name; category_id: COCO's own" in capsys.readouterr().out
+    results, last = json.loads((tmp_path / "seen.json").read_text()), log(detector)[-1]
     assert {result["category_id"] for result in results} <= {3, 18} and last["box_ap"] > 1
+    truth = COCO(data / "annotations" / "instances_val2017.json")
     for kind in ("box", "mask"):
         figures = average_precision(results, truth, kind, None)
         assert 100 * figures[f"{kind}_ap"] == pytest.approx(last[f"{kind}_ap"], abs=1e-3)
         assert 100 * figures[f"{kind}_ap50"] == pytest.approx(last[f"{kind}_ap50"], abs=1e-3)
 
 
-def test_mean_iou_from_the_json_is_that_of_the_log(tmp_path):
-    data = tmp_path / "data"
+def test_images_without_numbers_and_classes_that_coco_lacks_are_counted(tmp_path):
+    paths = [Path("a.jpg"), Path("7.jpg")]
+    item = dict(bbox=[0, 0, 1, 1], score=1.0, segmentation={}, label=2, **{"class": "unicorn"})
+    results, note = coco_results(["cat", "unicorn"], paths, {1: dict(objects=[item])})
+    assert [(entry["image_id"], entry["category_id"]) for entry in results] == [(2, 2)]
+    assert note.count("counted from 1") == 2
+
+
+@pytest.fixture(scope="module")
+def segmenter(tmp_path_factory):
+    """A run on a set in the layout of ADE20K, whose classes are brightnesses."""
+    root = tmp_path_factory.mktemp("segmenter")
     for split in ("training", "validation"):
-        (data / "images" / split).mkdir(parents=True)
-        (data / "annotations" / split).mkdir(parents=True)
+        images, masks = root / "data" / "images" / split, root / "data" / "annotations" / split
+        images.mkdir(parents=True)
+        masks.mkdir(parents=True)
         for k, size in enumerate(SIZES):
             image = photo(k, size)
-            to_pil_image(image).save(data / "images" / split / f"{k}.jpg")
-            labels = (image.float().mean(0, keepdim=True) / 64).to(torch.uint8)  # by brightness; 0 is ignored
-            to_pil_image(labels).save(data / "annotations" / split / f"{k}.png")
-    flags = f"--task segment --channels 8 --batch-size 4 --epochs 2 --data ade20k --data-path {data}"
-    start(f"{flags} --img-size 48 --patch-size 8 --depth 4 --embed-dim 32 --num-heads 2", tmp_path / "run")
-    call(tmp_path / "run", data / "images" / "validation", "--json", tmp_path / "seen.jsonl")
+            labels = (image.float().mean(0, keepdim=True) / 64).to(torch.uint8)  # 0 is ignored
+            to_pil_image(image).save(images / f"{k}.jpg")
+            to_pil_image(labels).save(masks / f"{k}.png")
+    sizes = "--img-size 48 --patch-size 8 --depth 4 --embed-dim 32 --num-heads 2"
+    flags = f"--task segment {sizes} --channels 8 --batch-size 4 --epochs 2"
+    start(f"{flags} --data ade20k --data-path {root / 'data'}", root / "run")
+    return root / "run"
 
+
+def test_mean_iou_from_the_json_is_that_of_the_log(segmenter, tmp_path):
+    data = segmenter.parent / "data"
+    call(segmenter, data / "images" / "validation", "--json", tmp_path / "seen.jsonl")
     lines, truth = lines_of(tmp_path / "seen.jsonl"), SemanticFolder("ade20k", data, train=False)
     confusion = torch.zeros(150, 150, dtype=torch.long)
     for k, line in enumerate(lines):
         assert line["path"].endswith(truth.name(k)) and sum(line["shares"].values()) == pytest.approx(1, abs=1e-5)
         confusion += confusion_matrix(label_map(line), truth.sample(k)[1], 150)
-    figures, last = mean_iou(confusion), log(tmp_path / "run")[-1]
+    figures, last = mean_iou(confusion), log(segmenter)[-1]
     assert 100 * figures["miou"] == pytest.approx(last["miou"], abs=1e-3) and last["miou"] > 0
     assert 100 * figures["pixel_acc"] == pytest.approx(last["pixel_acc"], abs=1e-3)
-
-
-def test_a_run_with_a_weight_average_is_used_as_it_was_evaluated(finished):
-    folder = finished(f"{CLASSIFY} --ema 0.9")
-    run, parts = load_run(folder), built(f"{CLASSIFY} --ema 0.9")
-    images, labels = zip(*(parts.data.val[0, i][:2] for i in range(len(parts.data.val))))
-    correct = run.model(torch.stack(images)).argmax(dim=1) == torch.tensor(labels)
-    assert 100 * correct.float().mean() == pytest.approx(log(folder)[-1]["val_acc"], abs=1e-3)
-    saved = torch.load(folder / "checkpoint.pt", weights_only=True)
-    assert torch.equal(run.model.head.weight, saved["ema"]["module.head.weight"])
-    assert not torch.equal(run.model.head.weight, saved["model"]["head.weight"])
 
 
 # ---------------------------------------------------------------------------- lines and pictures
 
 
-@pytest.mark.parametrize("flags, words", [
-    (CLASSIFY, " %, "), (SEGMENT, "background "), (DETECT, "score of at least"), (PRETRAIN, "hidden patches 1."),
+@pytest.mark.parametrize("run, words", [
+    ("classifier", " %, "), ("segmenter", "class "), ("detector", " at "), (PRETRAIN, "hidden patches 1."),
     (MIXMIM, "hidden patches 1."), (CONTRAST, "32 features")],
     ids=["classify", "segment", "detect", "mirl", "mixmim", "contrast"])
-def test_every_image_gets_a_line_that_begins_with_its_path_and_a_picture(finished, photos, capsys, flags, words):
-    if flags == DETECT:
-        pytest.importorskip("pycocotools")
-    folder = finished(flags)
+def test_every_image_gets_a_line_that_begins_with_its_path_and_a_picture(
+        request, finished, photos, capsys, run, words):
+    folder = finished(run) if " " in run else request.getfixturevalue(run)
     seen = photos.parent / "seen"
+    capsys.readouterr()
     call(folder, photos, "--output-dir", seen, "--json", photos.parent / "seen.jsonl")
     lines = capsys.readouterr().out.splitlines()
     paths = [str(photos / name) for name in ("7.png", "8.png", "below/7.png")]
@@ -189,7 +223,8 @@ def test_every_image_gets_a_line_that_begins_with_its_path_and_a_picture(finishe
 def test_objects_are_drawn_with_their_boxes_where_they_are():
     image = torch.zeros(3, 64, 64, dtype=torch.uint8)
     masks = torch.zeros(1, 64, 64, dtype=torch.bool)
-    drawn = pictures.draw_objects(image, torch.tensor([[16.0, 24, 48, 56]]), torch.tensor([1]), masks, ["cat"], "red", [1.0])
+    boxes, labels = torch.tensor([[16.0, 24, 48, 56]]), torch.tensor([1])
+    drawn = pictures.draw_objects(image, boxes, labels, masks, ["cat"], "red", [1.0])
     assert drawn.shape == (3, 320, 320)  # enlarged five times
     assert drawn[:, 120, 200].tolist() == [255, 0, 0] and drawn[:, 279, 81].tolist() == [255, 0, 0]
     assert drawn[:, 200, 160].tolist() == [0, 0, 0]
@@ -227,7 +262,7 @@ def test_features_of_a_pretrained_run_are_those_that_a_probe_reads(pretrained, p
     assert file["paths"].tolist() == [str(photos / name) for name in ("7.png", "8.png", "below/7.png")]
     assert file["features"].shape == (3, 32)
 
-    flags = f"--task probe --init {pretrained / 'checkpoint.pt'} --data-size 8"
+    flags = f"--task probe --style adamw --init {pretrained / 'checkpoint.pt'} --data-size 16"
     args = built(flags)
     source = args.data.val.images.source
     expected = probe.features(args.model, args.data.val.images, args.args, World("cpu")).features
@@ -235,8 +270,7 @@ def test_features_of_a_pretrained_run_are_those_that_a_probe_reads(pretrained, p
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [CLASSIFY, CONTRAST, MIXMIM, f"--task probe {VIT} --data-size 64",
-                                   "--task classify --model resnet8 --data-size 64 --batch-size 8 --epochs 1"])
+@pytest.mark.parametrize("flags", [CLASSIFY, CONTRAST, MIXMIM, PROBE])
 def test_runs_of_whole_images_have_features(finished, flags):
     run = load_run(finished(flags))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
@@ -255,10 +289,11 @@ def test_the_nearest_neighbor_of_an_image_is_its_copy_and_not_itself(pretrained,
     assert picture.size == (4 * 200 + 8, 260)
 
 
-@pytest.mark.parametrize("flags", [CLASSIFY, f"--task probe {VIT} --data-size 64", SEGMENT],
-                         ids=["classify", "probe", "segment"])
-def test_an_exported_model_gives_the_same_outputs_at_another_batch_size(finished, tmp_path, flags, capsys):
-    folder = finished(flags)
+@pytest.mark.parametrize("run", [
+    pytest.param("classifier", id="classify"), pytest.param(PROBE, id="probe"),
+    pytest.param("segmenter", id="segment", marks=pytest.mark.slow)])
+def test_an_exported_model_gives_the_same_outputs_at_another_batch_size(request, finished, tmp_path, run):
+    folder = finished(run) if " " in run else request.getfixturevalue(run)
     call(folder, "--export", tmp_path / "model.pt2")
     about = {"about.json": ""}
     program = torch.export.load(tmp_path / "model.pt2", extra_files=about)
@@ -272,8 +307,8 @@ def test_an_exported_model_gives_the_same_outputs_at_another_batch_size(finished
 # ---------------------------------------------------------------------------- bad input
 
 
-def test_a_broken_image_among_good_ones_stops_or_is_skipped_and_counted(finished, photos, capsys):
-    folder = finished(CLASSIFY)
+def test_a_broken_image_among_good_ones_stops_or_is_skipped_and_counted(classifier, photos, capsys):
+    folder = classifier
     (photos / "a broken one.png").write_bytes((photos / "7.png").read_bytes()[:200])
     error = refused(capsys, folder, photos)
     assert "a broken one.png" in error and "--skip-bad" in error
@@ -298,17 +333,15 @@ def test_bad_input_is_one_sentence(pretrained, photos, monkeypatch, capsys, word
     assert before == {file: file.read_bytes() for file in photos.parent.rglob("*.png")}
 
 
-def test_a_detector_has_no_features_and_no_export_and_a_missing_run_is_named(finished, photos, capsys, tmp_path):
-    pytest.importorskip("pycocotools")
-    detector = finished(DETECT)
+def test_a_detector_has_no_features_and_no_export_and_a_missing_run_is_named(detector, photos, capsys, tmp_path):
     assert "--task detect" in refused(capsys, detector, photos, "--features", tmp_path / "f.npz")
     assert "detector" in refused(capsys, detector, "--export", tmp_path / "d.pt2")
     assert "runs/nowhere" in refused(capsys, "runs/nowhere", photos)
 
 
-def test_an_array_that_is_no_image_is_refused(finished):
+def test_an_array_that_is_no_image_is_refused(classifier):
     with pytest.raises(ValueError, match="float32"):
-        load_run(finished(CLASSIFY)).predict([torch.rand(3, 32, 32)])
+        load_run(classifier).predict([torch.rand(3, 32, 32)])
 
 
 # ---------------------------------------------------------------------------- curves

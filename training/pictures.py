@@ -125,16 +125,23 @@ def draw_objects(image, boxes, labels, masks, names, color="yellow", scores=None
     colors = [COLORS[k % len(COLORS)] for k in range(len(masks))]
     image = draw_segmentation_masks(image, enlarged(masks.bool()), alpha=0.5, colors=colors)
 
-    # the best last, above the others
+    # the best above the others
     page = to_pil_image(image)
-    draw, font = ImageDraw.Draw(page), ImageFont.load_default(size=14)
-    for k in reversed(range(len(boxes))):
-        left, top, right, bottom = (boxes[k] * factor).tolist()
-        draw.rectangle((left, top, right, bottom), outline=color, width=2)
+    draw = ImageDraw.Draw(page)
+    boxes = boxes * factor
+    for box in boxes.flip(0).tolist():
+        draw.rectangle(box, outline=color, width=2)
+
+    # captions at the top left, moved down where a better one is
+    font, spots = ImageFont.load_default(size=14), []
+    for k, (left, top, *_) in enumerate(boxes.tolist()):
         caption = names[labels[k] - 1] + (f" {scores[k]:.2f}" if scores else "")
         width = font.getlength(caption) + 6
         x, y = max(0, min(left, page.width - width)), max(0, top - 18)
-        draw.rectangle((x, y, x + width, y + 18), fill=color)
+        while any(abs(y - row) < 18 and x < end and start < x + width for start, end, row in spots):
+            y += 3
+        spots.append((x, x + width, y))
+        draw.rectangle((x, y, x + width, y + 17), fill=color)
         draw.text((x + 3, y), caption, fill="black", font=font)
     return pil_to_tensor(page)
 
