@@ -10,7 +10,7 @@ import numpy
 import pytest
 import torch
 from PIL import Image
-from small_runs import CLASSIFY, CONTRAST, FOLDER, MIXMIM, PRETRAIN, VIT, built, log, start
+from small_runs import CONTRAST, FOLDER, MIXMIM, PRETRAIN, VIT, built, log, start
 from torchvision import datasets
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
@@ -270,9 +270,10 @@ def test_features_of_a_pretrained_run_are_those_that_a_probe_reads(pretrained, p
     torch.testing.assert_close(features, expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("flags", [CLASSIFY, CONTRAST, MIXMIM, PROBE])
-def test_runs_of_whole_images_have_features(finished, flags):
-    run = load_run(finished(flags))
+@pytest.mark.parametrize("run", ["classifier", CONTRAST, MIXMIM, PROBE],
+                         ids=["classify", "contrast", "mixmim", "probe"])
+def test_runs_of_whole_images_have_features(request, finished, run):
+    run = load_run(finished(run) if " " in run else request.getfixturevalue(run))
     before = {name: value.clone() for name, value in run.model.state_dict().items()}
     features = run.features([photo(k, SIZES[k]) for k in range(3)])
     assert features.shape == (3, run.encoder.num_features) and features.std(dim=0).min() > 0
@@ -347,9 +348,13 @@ def test_an_array_that_is_no_image_is_refused(classifier):
 # ---------------------------------------------------------------------------- curves
 
 
-def test_a_run_leaves_curves_where_matplotlib_is_installed(finished, tmp_path, monkeypatch):
+def test_a_run_leaves_curves_where_matplotlib_is_installed(classifier, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
-    assert Image.open(finished(CLASSIFY) / "curves.png").size[0] > 800
-    monkeypatch.setitem(sys.modules, "matplotlib", None)  # not installed
-    start(CLASSIFY, tmp_path)
-    assert (tmp_path / "checkpoint.pt").exists() and not (tmp_path / "curves.png").exists()
+    assert Image.open(classifier / "curves.png").size[0] > 800
+    (tmp_path / "log.jsonl").write_bytes((classifier / "log.jsonl").read_bytes())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)  # not installed
+        pictures.save_curves(tmp_path)
+    assert not (tmp_path / "curves.png").exists()
+    pictures.save_curves(tmp_path)
+    assert (tmp_path / "curves.png").exists()
