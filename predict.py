@@ -121,7 +121,8 @@ def predict(run, photos, args):
     for batch in photos.batches("predict"):
         results = run.predict([image for _, image in batch])
         for (i, image), prediction in zip(batch, results, strict=True):
-            tqdm.write(f"{photos.paths[i]}: {describe(prediction)}")
+            line = describe(prediction)
+            tqdm.write(f"{photos.paths[i]}: {line}")
             predictions[i] = prediction
             if files:
                 run.draw(image, prediction).save(files[i])

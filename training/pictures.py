@@ -101,9 +101,11 @@ def new_files(folder, paths):
     """folder/NAME.png per path; images of equal names get numbers. ValueError where such a file exists."""
     files = {}
     for path in paths:
-        file, number = Path(folder, f"{path.stem}.png"), 2
+        file = Path(folder, f"{path.stem}.png")
+        number = 1
         while file in files:
-            file, number = Path(folder, f"{path.stem}_{number}.png"), number + 1
+            number += 1
+            file = Path(folder, f"{path.stem}_{number}.png")
         if file.exists():
             raise ValueError(f"{file} exists already and is not written over; choose another --output-dir")
         files[file] = path
@@ -137,7 +139,8 @@ def draw_objects(image, boxes, labels, masks, names, color="yellow", scores=None
     for k, (left, top, *_) in enumerate(boxes.tolist()):
         caption = names[labels[k] - 1] + (f" {scores[k]:.2f}" if scores else "")
         width = font.getlength(caption) + 6
-        x, y = max(0, min(left, page.width - width)), max(0, top - 18)
+        x = max(0, min(left, page.width - width))
+        y = max(0, top - 18)
         while any(abs(y - row) < 18 and x < end and start < x + width for start, end, row in spots):
             y += 3
         spots.append((x, x + width, y))
