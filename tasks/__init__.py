@@ -18,11 +18,15 @@ pretrain.py is the one to read first, and the one to copy for a new task.
 What a finished run has learned is used through load_run:
 
     run = load_run("runs/0002")
-    run.model, run.args, run.classes, run.transform, run.predict(images)
+    run.model, run.args, run.classes, run.transform, run.predict(images), run.draw(image, prediction),
+    run.features(images), run.export(file)
 """
 
+import copy
+import json
 from argparse import Namespace
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import Callable
@@ -33,6 +37,7 @@ from torchvision.transforms import v2
 
 from checkpoints import read_checkpoint
 from data import augmentation
+from vit import ViT
 
 MODULES = {"pretrain": "pretrain", "classify": "classify", "probe": "probe", "contrast": "contrast",
            "detect": "detection", "segment": "segmentation"}
@@ -71,39 +76,123 @@ class LoadedRun:
 
         # the model, without its data set
         self.task = import_module(f"tasks.{MODULES[self.args.task]}")
-        data = Data(classes=self.classes, mean=self.args.mean, std=self.args.std, weights=saved["model"])
+        weights = evaluated_weights(saved, self.args.task)
+        data = Data(classes=self.classes, mean=self.args.mean, std=self.args.std, weights=weights)
         self.model = self.task.build(self.args, data, Silent(self.device))
-        self.model.load_state_dict(saved["model"])
+        self.model.load_state_dict(weights)
         self.model.to(self.device).eval().requires_grad_(False)
         self.transform = evaluation_transform(self.args)
 
     @torch.no_grad()
     def predict(self, images):
         """uint8 tensors (3, H, W) or PIL images, of any size -> a dict per image."""
-        batch = [self.transform(as_tensor(image)).to(self.device) for image in images]
-        return self.task.predict(self.model, batch, self.args, self.classes)
+        images = [as_tensor(image) for image in images]
+        batch = [self.transform(image).to(self.device) for image in images]
+        options = {}
+        if self.args.task == "segment":  # at the size of the images, not of the model's input
+            options["sizes"] = [tuple(image.shape[-2:]) for image in images]
+        return self.task.predict(self.model, batch, self.args, self.classes, **options)
 
     def draw(self, image, prediction):
         """A picture of one prediction. image: uint8 (3, H, W) or PIL"""
         return self.task.draw(as_tensor(image), prediction, self.classes)
 
+    @torch.no_grad()
+    def features(self, images):
+        """The encoder's pooled features, (n, D) on the CPU: what --task probe reads."""
+        encoder = self.encoder
+        batch = torch.stack([self.transform(as_tensor(image)) for image in images])
+        return encoder(batch.to(self.device)).float().cpu()
+
+    @cached_property
+    def encoder(self):
+        """The encoder without a head, a copy."""
+        task = self.args.task
+        if task in ("detect", "segment"):
+            raise ValueError(f"features need an encoder of whole images, but this run of --task {task} has made a "
+                             "pyramid of it; take the run that it started from")
+        encoder = copy.deepcopy(getattr(self.model, "encoder", self.model))
+        if task == "pretrain" and isinstance(encoder, ViT):
+            encoder.reset_classifier(0, pool="mean")
+        else:
+            encoder.reset_classifier(0)
+        return encoder.eval()
+
+    def export(self, file):
+        """Save a classifier or segmenter by torch.export, for batches of any size -> a sentence on what it takes."""
+        args = self.args
+        if args.task == "detect":
+            raise ValueError("--export cannot save a detector: how many objects it finds depends on the image, and "
+                             "torch.export needs sizes that do not; use tasks.load_run")
+        if args.task not in ("classify", "probe", "segment"):
+            raise ValueError(f"--export saves runs of --task classify, probe and segment, not of {args.task}; train "
+                             "a probe on this one first")
+        images = torch.zeros(2, 3, *args.img_size, device=self.device)
+        free = ({0: torch.export.Dim("batch")},)
+        strict = args.task == "segment"  # PyramidPooling looks at len(x), which only the slower way leaves free
+        program = torch.export.export(self.model, (images,), dynamic_shapes=free, strict=strict)
+        about = dict(classes=self.classes, mean=args.mean, std=args.std, img_size=args.img_size)
+        torch.export.save(program, file, extra_files={"about.json": json.dumps(about)})
+        height, width = args.img_size
+        return (f"saved {file}: normalized images (B, 3, {height}, {width}) -> logits; classes, mean and std are in "
+                "its about.json")
+
+
+def evaluated_weights(saved, task):
+    """The weights that the run evaluated: where --ema kept a moving average, that."""
+    learner = "head.1." if task == "probe" else ""  # the part that learns
+    average = {}
+    for name, value in (saved.get("ema") or {}).items():
+        if name.startswith("module."):
+            average[learner + name.removeprefix("module.")] = value
+    return {**saved["model"], **average}
+
 
 def as_tensor(image):
     """PIL or tensor -> uint8 (3, H, W)"""
-    if isinstance(image, torch.Tensor):
-        return image
-    return v2.functional.pil_to_tensor(image.convert("RGB"))
+    if not isinstance(image, torch.Tensor):
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
+    if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
+        raise ValueError(f"image is {image.dtype} {tuple(image.shape)}; give uint8 (3, H, W) or a PIL image")
+    return image
 
 
 def evaluation_transform(args):
-    """uint8 image -> what the model takes. A detector resizes and normalizes by itself."""
-    size, to_float = tuple(args.img_size), v2.ToDtype(torch.float32, scale=True)
-    if args.task == "detect":
-        return to_float
+    """uint8 image -> what the model takes, as in the task's evaluation."""
+    size = tuple(args.img_size)
+    if args.task == "detect":  # it resizes and normalizes by itself
+        return to_unit
     if args.task == "segment":  # keeps the aspect ratio
         resize = v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
-        return v2.Compose([resize, to_float, v2.Normalize(args.mean, args.std)])
+        return v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(args.mean, args.std)])
     return augmentation("none", size, args.mean, args.std, getattr(args, "crop_ratio", None))  # older runs: None
+
+
+def to_unit(image):
+    return image.float() / 255
+
+
+def describe(prediction):
+    """A prediction in one line."""
+    if "classes" in prediction:
+        return ", ".join(f"{item['class']} {100 * item['probability']:.1f} %" for item in prediction["classes"])
+    if "shares" in prediction:
+        shares = sorted(prediction["shares"].items(), key=lambda item: -item[1])
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
+    if "loss" in prediction:
+        return "loss on hidden patches {loss:.3f} (predicting the patch mean: {baseline:.3f})".format(**prediction)
+    if "features" in prediction:
+        return f"{len(prediction['features'])} features"
+
+    # objects, best first
+    words, sure = [], 0
+    for item in prediction["objects"]:
+        x, y, width, height = (round(number) for number in item["bbox"])
+        words.append(f"{item['class']} {item['score']:.2f} at x {x} y {y}, {width} x {height}")
+        sure += item["score"] >= 0.5
+    if sure:
+        return "; ".join(words[:sure])
+    return "no object with a score of at least 0.5" + (f"; best: {words[0]}" if words else "")
 
 
 class Silent:

@@ -191,5 +191,6 @@ def predict(model, images, args, classes, most=5):
 
 
 def draw(image, prediction, classes):
-    best = prediction["classes"][0]
-    return pictures.captioned(image, f"{best['class']} {best['probability']:.0%}")
+    """The image above its most likely classes."""
+    lines = [f"{100 * item['probability']:.1f} %  {item['class']}" for item in prediction["classes"]]
+    return pictures.captioned(image, lines)

@@ -87,4 +87,4 @@ def predict(model, images, args, classes):
 
 
 def draw(image, prediction, classes):
-    return pictures.captioned(image, f"{len(prediction['features'])} features")
+    return pictures.captioned(image, [f"{len(prediction['features'])} features"])

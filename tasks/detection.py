@@ -8,6 +8,7 @@ import math
 
 import torch
 from torch import nn
+from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
 
 import coco
 from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter
@@ -211,12 +212,12 @@ def save_picture(folder, model, args, data, rows=6, threshold=0.5):
     pictures.save_grid(folder / "detections.png", {"truth": truth, f"score above {threshold:g}": detected})
 
 
-def predict(model, images, args, classes, threshold=0.05):
-    """All objects with a score above the threshold: class, score, box x y w h, mask in COCO's run lengths."""
+def predict(model, images, args, classes):
+    """All objects that count in evaluation: class, label 1..K, score, box x y w h, mask in COCO's run lengths."""
     results = []
     for out in model(images):
         objects = []
-        for k in torch.nonzero(out["scores"] >= threshold).flatten().tolist():
+        for k in range(len(out["scores"])):
             label = out["labels"][k].item()
             x1, y1, x2, y2 = out["boxes"][k].tolist()
             objects.append({
@@ -234,6 +235,7 @@ def predict(model, images, args, classes, threshold=0.05):
 
 
 def draw(image, prediction, classes, threshold=0.5):
+    """Boxes, classes, scores and masks of the objects with a score of at least the threshold."""
     mask, *_ = coco.need_pycocotools()
     objects = [item for item in prediction["objects"] if item["score"] >= threshold]
     boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4)
@@ -243,5 +245,29 @@ def draw(image, prediction, classes, threshold=0.5):
         if "segmentation" in item:
             masks[k] = torch.from_numpy(mask.decode(item["segmentation"])).bool()
     labels = torch.tensor([item["label"] for item in objects], dtype=torch.long)
+    scores = [item["score"] for item in objects]
     names = list(map(str, classes))
-    return pictures.to_pil(pictures.draw_objects(image, boxes, labels, masks, names, "yellow"))
+    picture = pictures.draw_objects(image, boxes, labels, masks, names, "yellow", scores)
+    return pictures.to_pil(picture)
+
+
+def coco_results(classes, paths, predictions):
+    """Predictions {index of the path: prediction} -> COCO's list of results, and a note on the ids in it."""
+    # images: COCO has numbers as names
+    stems = [path.stem for path in paths]
+    numbered = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems)
+    ids = [int(stem) for stem in stems] if numbered else range(1, len(stems) + 1)
+    note = "image_id: " + ("the number in its name" if numbered else "the order of the images, counted from 1")
+
+    # categories: the numbers of COCO's 80 classes have gaps
+    names = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
+    known = set(classes) <= set(names)
+    note += "; category_id: " + ("COCO's own" if known else "the run's classes, counted from 1")
+
+    results = []
+    for i, prediction in predictions.items():
+        for item in prediction["objects"]:
+            result = {name: item[name] for name in ("bbox", "score", "segmentation")}
+            category = names.index(item["class"]) if known else item["label"]
+            results.append(dict(image_id=ids[i], category_id=category, **result))
+    return results, note

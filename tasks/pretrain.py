@@ -170,19 +170,30 @@ def reconstructions(model, images, args, mean, std, noise):
 
 
 def predict(model, images, args, classes):
-    """The loss on hidden patches, and the reconstruction grid as a PNG in base64, per image."""
+    """The loss on hidden patches, that of predicting each patch's mean, and the reconstructions as a PNG in base64.
+
+    All images have the same mask. For the picture MixMIM mixes two images, and MIRL centers its residual over
+    the batch; where that is too small, shifted copies join it.
+    """
     batch = torch.stack(images)
-    if len(batch) == 1:  # MixMIM and MIRL's centering need a second image; a mirrored copy serves
-        batch = torch.cat([batch, batch.flip(-1)])
-    noise = torch.rand(num_patches(args), generator=torch.Generator().manual_seed(0))  # the same mask for all
+    least = {"mirl": 8, "mixmim": 2}.get(args.method, 1)
+    copies = [batch]
+    for k in range(1, -(-least // len(batch))):
+        copies.append(batch.roll((k * batch.shape[-2] // least, k * batch.shape[-1] // least), dims=(-2, -1)))
+    batch = torch.cat(copies)
+    noise = torch.rand(num_patches(args), generator=torch.Generator().manual_seed(0))
     noise = noise.to(batch.device).expand(len(batch), -1)
     columns = reconstructions(model, batch, args, args.mean, args.std, noise)
+
+    # the losses of each image alone; MixMIM mixes it with its mirror image
     results = []
-    for i in range(len(images)):
-        pair = batch[[i, i - 1]]
-        loss = model(pair, args.mask_ratio, mask_noise(noise[:2], args)).loss.item()
+    for i, image in enumerate(images):
+        alone = torch.stack([image, image.flip(-1)]) if args.method == "mixmim" else image[None]
+        loss = model(alone, args.mask_ratio, mask_noise(noise[:len(alone)], args)).loss
+        baseline = patch_mean_loss(image[None], args.stride, args.norm_pix_loss is not False)
         row = {name: column[i:i + 1] for name, column in columns.items()}
-        results.append(dict(loss=loss, picture=base64.b64encode(pictures.grid_png(row)).decode()))
+        picture = base64.b64encode(pictures.grid_png(row, cell=192)).decode()
+        results.append(dict(loss=loss.item(), baseline=baseline.item(), picture=picture))
     return results
 
 

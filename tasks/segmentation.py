@@ -7,6 +7,7 @@ is the width that MAE and BEiT report ADE20K with.
 import base64
 
 import torch
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import semantic
 from data import as_lists
@@ -113,11 +114,16 @@ def save_picture(folder, model, args, data, rows=6):
     semantic.save_segments(folder / "segments.png", images, truth, predictions, data.classes)
 
 
-def predict(model, images, args, classes):
-    """The share of each class that occurs, and the label map as a PNG in base64."""
+def predict(model, images, args, classes, sizes=None):
+    """The share of each class that occurs, and the label map as a PNG in base64.
+
+    sizes: (H, W) of each label map; default that of the model's input. load_run gives those of the images, at
+    which evaluation counts too.
+    """
     results = []
-    for image in images:
-        labels = label_map(model, image, image.shape[-2:], args)
+    for i, image in enumerate(images):
+        size = image.shape[-2:] if sizes is None else sizes[i]
+        labels = label_map(model, image, size, args)
         shares = labels.flatten().bincount(minlength=len(classes)) / labels.numel()
         named = {str(classes[k]): share for k, share in enumerate(shares.tolist()) if share}
         png = pictures.to_png(labels[None].to(torch.uint8))
@@ -126,7 +132,7 @@ def predict(model, images, args, classes):
 
 
 def draw(image, prediction, classes):
+    """The image under the colors of its label map, with a legend."""
     labels = pictures.from_png(base64.b64decode(prediction["labels"]))
-    labels = labels.resize((image.shape[-1], image.shape[-2]), resample=0)  # nearest
-    labels = torch.tensor(list(labels.getdata())).view(image.shape[-2:])
-    return pictures.to_pil(semantic.draw_classes(image, labels, classes))
+    labels = pictures.enlarged(pil_to_tensor(labels))[0]
+    return pictures.to_pil(semantic.draw_classes(pictures.enlarged(image), labels, classes))

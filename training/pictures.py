@@ -4,12 +4,14 @@ Needs: torch, torchvision; shapes.py for the grid.
 """
 
 import io
+import math
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont  # comes with torchvision
-from torchvision.transforms.v2.functional import to_pil_image
-from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.utils import draw_segmentation_masks
 
 import shapes
 
@@ -22,11 +24,11 @@ def spread(dataset, number):
     return [dataset[0, i] for i in indices.tolist()]
 
 
-def save_grid(path, columns):
+def save_grid(path, columns, cell=128):
     """{caption: images} -> a PNG with a column per caption. Images of different sizes are padded to the largest."""
     columns = {name: stacked(images) for name, images in columns.items()}
     side = max(max(images.shape[-2:]) for images in columns.values())
-    shapes.save_grid(path, columns, cell=max(128, min(side, 320)))
+    shapes.save_grid(path, columns, cell=max(cell, min(side, 320)))
 
 
 def stacked(images):
@@ -38,10 +40,10 @@ def stacked(images):
     return torch.stack(padded) / 255
 
 
-def grid_png(columns):
+def grid_png(columns, cell=128):
     """The bytes of such a grid."""
     buffer = io.BytesIO()
-    save_grid(buffer, columns)
+    save_grid(buffer, columns, cell)
     return buffer.getvalue()
 
 
@@ -60,23 +62,102 @@ def from_png(data):
     return Image.open(io.BytesIO(data))
 
 
-def captioned(image, text, height=24):
-    """A uint8 image (3, H, W) with a line of text below."""
-    picture = to_pil_image(image)
-    font = ImageFont.load_default(size=14)
-    page = Image.new("RGB", (max(picture.width, int(font.getlength(text)) + 8), picture.height + height), "white")
+def enlarged(image, side=320):
+    """An image (C, H, W) by a whole factor, so that its shorter side has about so many pixels; large ones stay."""
+    factor = max(1, round(side / min(image.shape[-2:])))
+    return image.repeat_interleave(factor, dim=-2).repeat_interleave(factor, dim=-1)
+
+
+def captioned(image, lines):
+    """A uint8 image (3, H, W) with lines of text below."""
+    picture = to_pil_image(enlarged(image, 256))
+    font = ImageFont.load_default(size=16)
+    longest = max(font.getlength(line) for line in lines)
+    size = max(picture.width, math.ceil(longest) + 12), picture.height + 22 * len(lines) + 8
+    page = Image.new("RGB", size, "white")
     page.paste(picture)
-    ImageDraw.Draw(page).text((4, picture.height + 4), text, fill="black", font=font)
+    draw = ImageDraw.Draw(page)
+    for k, line in enumerate(lines):
+        draw.text((6, picture.height + 4 + 22 * k), line, fill="black", font=font)
     return page
 
 
-def draw_objects(image, boxes, labels, masks, names, color="yellow"):
-    """Boxes with the names of labels 1..K, and masks, on an image (uint8, or floats in [0, 1]) -> uint8 (3, H, W)."""
+def row(columns, side=192):
+    """{caption: uint8 image (3, H, W)} -> a picture of them side by side, each fitted into a square, captions above."""
+    font = ImageFont.load_default(size=13)
+    page = Image.new("RGB", (len(columns) * (side + 8) + 8, side + 68), "white")
+    draw = ImageDraw.Draw(page)
+    for k, (caption, image) in enumerate(columns.items()):
+        left = 8 + k * (side + 8)
+        lines = shapes.wrap(caption, side, font).splitlines()
+        draw.text((left, 6), "\n".join(lines[:3]), fill="black", font=font)
+        picture = to_pil_image(enlarged(image, side))
+        picture.thumbnail((side, side))
+        page.paste(picture, (left, 60))
+    return page
+
+
+def new_files(folder, paths):
+    """folder/NAME.png per path; images of equal names get numbers. ValueError where such a file exists."""
+    files = {}
+    for path in paths:
+        file = Path(folder, f"{path.stem}.png")
+        number = 1
+        while file in files:
+            number += 1
+            file = Path(folder, f"{path.stem}_{number}.png")
+        if file.exists():
+            raise ValueError(f"{file} exists already and is not written over; choose another --output-dir")
+        files[file] = path
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return list(files)
+
+
+def draw_objects(image, boxes, labels, masks, names, color="yellow", scores=None):
+    """Boxes with the names of labels 1..K, and masks, on an image (uint8, or floats in [0, 1]) -> uint8 (3, H, W).
+
+    Small images are enlarged first. scores: one per object, best first; None: the truth
+    """
     if image.is_floating_point():
         image = (image * 255).round().to(torch.uint8)
+    factor = enlarged(image).shape[-1] / image.shape[-1]
+    image = enlarged(image)
     if not len(boxes):
         return image
     colors = [COLORS[k % len(COLORS)] for k in range(len(masks))]
-    image = draw_segmentation_masks(image, masks.bool(), alpha=0.5, colors=colors)
-    captions = [names[label - 1] for label in labels.tolist()]
-    return draw_bounding_boxes(image, boxes, captions, colors=color, width=1)
+    image = draw_segmentation_masks(image, enlarged(masks.bool()), alpha=0.5, colors=colors)
+
+    # the best above the others
+    page = to_pil_image(image)
+    draw = ImageDraw.Draw(page)
+    boxes = boxes * factor
+    for box in boxes.flip(0).tolist():
+        draw.rectangle(box, outline=color, width=2)
+
+    # captions at the top left, moved down where a better one is
+    font, spots = ImageFont.load_default(size=14), []
+    for k, (left, top, *_) in enumerate(boxes.tolist()):
+        caption = names[labels[k] - 1] + (f" {scores[k]:.2f}" if scores else "")
+        width = font.getlength(caption) + 6
+        x = max(0, min(left, page.width - width))
+        y = max(0, top - 18)
+        while any(abs(y - row) < 18 and x < end and start < x + width for start, end, row in spots):
+            y += 3
+        spots.append((x, x + width, y))
+        draw.rectangle((x, y, x + width, y + 17), fill=color)
+        draw.text((x + 3, y), caption, fill="black", font=font)
+    return pil_to_tensor(page)
+
+
+def save_curves(folder):
+    """curves.png of the run in a folder, where matplotlib is installed and there are two epochs to connect."""
+    try:
+        from experiments import curves
+
+        lines = curves.read_log(folder)
+        if sum("epoch" in line for line in lines) < 2:
+            return
+        curves.draw_run(folder / "curves.png", lines)
+        curves.pyplot().close("all")
+    except Exception:  # no picture is worth a finished run
+        pass

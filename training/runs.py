@@ -25,6 +25,7 @@ from types import SimpleNamespace
 import torch
 
 from checkpoints import read_checkpoint
+from training import pictures
 from training.flags import between, count, path, positive
 from training.optim import check_state
 
@@ -230,6 +231,8 @@ class Run:
             raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last "
                              "checkpoint, if any, is from before them; start a new run with a smaller --lr, more "
                              "--warmup-epochs or --clip-grad 1")
+        if self.world.main:
+            pictures.save_curves(self.folder)
         self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it
 
     # what it says
@@ -245,8 +248,8 @@ class Run:
                   f"{len(data.train)} training and {held_out} validation images of {args.data}")
         world.say(f"  {trainable:,} parameters learn on {world.device.type} x {world.size} in {precision}")
         if not data.fitted:
-            world.say(f"  {plan.total_steps} steps of {plan.effective} images ({plan.batch_size} x accum {args.accum} x "
-                      f"{world.size} processes), lr {plan.lr:.3g}")
+            sizes = f"{plan.batch_size} x accum {args.accum} x {world.size} processes"
+            world.say(f"  {plan.total_steps} steps of {plan.effective} images ({sizes}), lr {plan.lr:.3g}")
         if at.step:
             world.say(f"  resumed at epoch {at.epoch}, step {at.step}")
 
