@@ -15,7 +15,6 @@ Needs: torch, torchvision, tqdm; augment.py, files.py, shapes.py.
 Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
 """
 
-import math
 import os
 import signal
 from contextlib import contextmanager
@@ -23,7 +22,6 @@ from contextlib import contextmanager
 import torch
 from torch.utils.data import DataLoader, Dataset
 from torchvision import datasets
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from augment import AUGMENTATIONS, FitSize, augmentation  # noqa: F401  imported from here elsewhere

@@ -58,7 +58,7 @@ class PyramidPooling(nn.Module):
 
     def forward(self, x):
         norm = self.branches[0][1]
-        if len(x) == 1 and norm.training and isinstance(norm, nn.BatchNorm2d):
+        if norm.training and isinstance(norm, nn.BatchNorm2d) and len(x) == 1:
             raise ValueError("norm 'batch' cannot train on one image, whose 1 x 1 map has no variance; take at "
                              "least 2, convert_sync_batchnorm over several processes, or norm='group'")
         features = [x]

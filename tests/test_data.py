@@ -12,6 +12,7 @@ from torchvision.transforms import v2
 
 import data as module
 import train
+from augment import FitSize
 from data import (
     AUGMENTATIONS,
     EvalBatches,

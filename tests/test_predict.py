@@ -292,7 +292,7 @@ def test_the_nearest_neighbor_of_an_image_is_its_copy_and_not_itself(pretrained,
 
 @pytest.mark.parametrize("run", [
     pytest.param("classifier", id="classify"), pytest.param(PROBE, id="probe"),
-    pytest.param("segmenter", id="segment", marks=pytest.mark.slow)])
+    pytest.param("segmenter", id="segment")])
 def test_an_exported_model_gives_the_same_outputs_at_another_batch_size(request, finished, tmp_path, run):
     folder = finished(run) if " " in run else request.getfixturevalue(run)
     call(folder, "--export", tmp_path / "model.pt2")

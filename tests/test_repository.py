@@ -17,7 +17,7 @@ IDEAS = """vit masking mae mirl hierarchical mixmim mixer resnet sam geometry su
 DATA = "shapes files schema augment data coco semantic formats checkpoints".split()
 ENTRY = [name for name in ("train", "predict") if (ROOT / f"{name}.py").exists()]
 PACKAGES = ("tasks", "training")
-OURS = {"shapes", "files", "schema", "data", "checkpoints", "train", "predict"}  # they implement no paper
+OURS = {"shapes", "files", "schema", "data", "formats", "checkpoints", "train", "predict"}  # they implement no paper
 
 CONCEPTS = sorted(path.stem for path in ROOT.glob("*.py") if path.stem not in ENTRY)
 MODULES = [*CONCEPTS, *ENTRY]
