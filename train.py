@@ -36,10 +36,10 @@ from data import EvalBatches, TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
-from training.flags import Parser, path, refuse
+from training.flags import Parser, expand, path, refuse
 from training.optim import lr_at, plan_steps
 from training.runs import Run, check_folder, run_flags, same_flags, saved_flags, summary
-from training.world import Stop, World
+from training.world import Stop, World, lost_process
 
 TASKS = {
     "pretrain": pretrain,
@@ -100,7 +100,7 @@ def fit(args, task, world, run, stop):
     for epoch in range(at.epoch, args.epochs):
         first = at.step - epoch * plan.steps_per_epoch
         batches.epoch, batches.start = epoch, first * args.accum
-        stream, clock = iter(loader), time.monotonic()
+        stream, clock = iter(loader), time.monotonic() - 1e-6  # some time must pass
         waited, images = 0.0, 0
         bar = world.progress(range(first, plan.steps_per_epoch), f"epoch {epoch + 1}/{args.epochs}")
         for _ in bar:
@@ -187,8 +187,8 @@ def fit(args, task, world, run, stop):
             run.log(**at.line)
             run.report_epoch(at)
             # a probe's encoder is frozen: one picture, at the end
-            if world.main and (data.final or not data.learner):
-                task.save_picture(run.folder, model if data.learner else judged, args, data)
+            if data.final or not data.learner:
+                run.save_picture(task, model if data.learner else judged, data)
         at.loss_sum, at.loss_count = 0.0, 0
         if at.bad_in_a_row == 0:
             run.save(at, epoch + 1)
@@ -262,7 +262,7 @@ def find_task(argv):
     early.add_argument("--probe", action="store_true")  # --task classify --probe means --task probe
     early.add_argument("--resume", action="store_true")
     early.add_argument("--output-dir", type=path)
-    given, argv = early.parse_known_args(argv)
+    given, argv = early.parse_known_args(expand(argv))
     task = given.task
     saved = {}
     if given.probe:
@@ -344,10 +344,10 @@ def start(args):
                 world.say(f"done: everything is in {run.folder}/")
         return line
     except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
+        sentence = lost_process(error)
+        if sentence is None:
             raise
-        raise SystemExit(f"train.py: a loading process was lost ({str(error).splitlines()[0]}), often for lack "
-                         "of memory; continue with --resume and fewer --workers") from None
+        raise SystemExit(f"train.py: {sentence}") from None
     finally:
         world.close()
 
@@ -364,9 +364,9 @@ def main(argv=None):
         started = True
         return start(args)
     except ValueError as error:
-        # an error from a loading process comes as its traceback; the sentence is its last line
-        sentence = str(error).strip().splitlines()[-1].removeprefix("ValueError: ")
-        rank = os.environ.get("RANK", "0")
+        # an error from a loading process comes as its traceback, which ends with the sentence
+        sentence = " ".join(str(error).rpartition("ValueError: ")[2].split())
+        rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
         if rank == "0" or started:  # a bad file may concern one rank alone
             where = "" if rank == "0" else f"[rank {rank}] "
             print(f"train.py: {where}{sentence}; see --help", file=sys.stderr)

@@ -1,4 +1,7 @@
-"""Flags: types with a range, a parser that says what is wrong in one sentence, and flags back from args.json.
+"""Flags: types with a range, a parser that says what is wrong in one sentence, recipes, and flags back from args.json.
+
+A recipe is a text file of flags, several on a line. # begins a comment, quotes hold words with spaces together, and a
+backslash is a letter like any other, as paths on Windows have them. A recipe may include others by @FILE.
 
 Needs: nothing but Python.
 """
@@ -7,58 +10,130 @@ import argparse
 import difflib
 import math
 import os
-import shlex
+import re
 
-
+QUOTED = r"""\"[^"]*"|'[^']*'"""
+CODE = re.compile(rf"""(?:[^"'#]+|(?<=\S)\#|{QUOTED})*""")  # a line up to its comment
+WORD = re.compile(rf"""(?:[^\s"']+|{QUOTED})+""")
+LONGEST_RECIPE = 100_000  # bytes
+LARGEST = {  # where the types below allow more than a machine can hold
+    "depth": 1000,
+    "decoder_depth": 1000,
+    "embed_dim": 100_000,
+    "decoder_embed_dim": 100_000,
+    "channels": 100_000,
+    "img_size": 10_000,
+    "data_size": 10**7,
+    "epochs": 10**6,
+    "layer_decay": 1,
+}
 RENAMED = {"--loss": "--task contrast for supcon, --task classify for cross-entropy"}  # flags of earlier versions
 
 
 def path(text):
     """A file or folder; ~ is the home folder."""
+    if "\0" in text:
+        raise argparse.ArgumentTypeError(f"{text!r} holds a NUL, which no path can")
     return os.path.expanduser(text)
 
 
 def count(text):
-    """A whole number from 1 up."""
+    """A whole number from 1 to a billion."""
     value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    if not 1 <= value <= 10**9:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1 and at most a billion")
     return value
 
 
 def positive(text):
-    """A finite number above 0."""
+    """A number from 1e-30 to 1e9, which 32 bits hold easily."""
     value = float(text)
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} must be a positive number")
+    if not 1e-30 <= value <= 1e9:
+        raise argparse.ArgumentTypeError(f"{text} must be a positive number, at most 1e9")
     return value
 
 
 def between(low, high, kind=float):
-    """-> a type for argparse: numbers from low up to, but not including, high."""
+    """-> a type for argparse: numbers from low up to, but not including, high; 0 or at least 1e-30."""
 
     def convert(text):
         value = kind(text)
-        if not low <= value < high:
-            limit = f"at least {low}" if high == math.inf else f"at least {low} and below {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {limit}")
+        if not low <= value < high or 0 < value < 1e-30:
+            raise argparse.ArgumentTypeError(f"{text} must be at least {low} and below {high}")
         return value
 
     convert.__name__ = kind.__name__  # argparse prints it: "invalid float value"
     return convert
 
 
+# ---------------------------------------------------------------------------- recipes
+
+
+def expand(argv, including=()):
+    """A command line, with the words of a recipe in place of @FILE. including: the recipes that lead here"""
+    words = []
+    for word in argv:
+        words += read_recipe(path(word[1:]), including) if word.startswith("@") else [word]
+    return words
+
+
+def read_recipe(file, including):
+    """The words of a recipe. ValueError names the file, and the line where it can."""
+    if file in including:
+        raise ValueError(f"recipe {file} includes itself; drop the line")
+    if not os.path.isfile(file):
+        kind = "no regular file" if os.path.exists(file) else "not there"
+        raise ValueError(f"recipe {file} is {kind}")
+    if os.path.getsize(file) > LONGEST_RECIPE:
+        raise ValueError(f"recipe {file} has more than {LONGEST_RECIPE:,} bytes; is it another file?")
+    try:
+        with open(file, "rb") as opened:
+            lines = opened.read().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        number = error.object.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"line {number} of recipe {file}: not UTF-8; save the file as UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {file} ({error.strerror})") from None
+
+    words = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            words += expand(split(line), (*including, file))
+        except ValueError as error:
+            raise ValueError(f"line {number} of recipe {file}: {error}") from None
+    return words
+
+
+def split(line):
+    """A line of a recipe -> its words."""
+    code = CODE.match(line).group()
+    quote = line[len(code):len(code) + 1]
+    if quote in ("'", '"'):
+        raise ValueError(f"the quote {quote} is not closed")
+    words = [match.group() for match in WORD.finditer(code)]
+    if words and words[-1] == "\\":
+        raise ValueError("a backslash at the end; drop it, flags may go on in the next line")
+    return [re.sub(QUOTED, lambda quoted: quoted.group()[1:-1], word) for word in words]
+
+
+# ---------------------------------------------------------------------------- the parser
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with recipes (@FILE: several flags a line, # comments); a mistake is a ValueError."""
+    """argparse; a mistake is a ValueError."""
 
     def __init__(self, **options):
         if "description" in options:
             options["description"] = options["description"].split("\n\n")[0]  # a module's first sentences
-        super().__init__(fromfile_prefix_chars="@", allow_abbrev=False, formatter_class=Help, usage="%(prog)s [flags]",
-                         **options)
+        super().__init__(allow_abbrev=False, formatter_class=Help, usage="%(prog)s [flags]", **options)
 
-    def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+    def parse_known_args(self, args=None, namespace=None):
+        given, unknown = super().parse_known_args(args, namespace)
+        for name, largest in LARGEST.items():
+            value = getattr(given, name, None)
+            if value is not None and max(value if isinstance(value, list) else [value]) > largest:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must be at most {largest:,}")
+        return given, unknown
 
     def error(self, message):
         raise ValueError(message)

@@ -61,10 +61,10 @@ def optimizer_flags(flag):
     flag("--accum", type=count, default=1, help="micro-batches per step")
     flag("--blr", type=positive, help="learning rate per 256 images of the effective batch")
     flag("--lr", type=positive, help="the learning rate itself, instead of --blr")
-    flag("--min-lr", type=between(0, math.inf), default=0.0, help="learning rate at the end")
-    flag("--warmup-epochs", type=between(0, math.inf), help="linear warm-up (default: 5 %% of the run)")
+    flag("--min-lr", type=between(0, 1e9), default=0.0, help="learning rate at the end")
+    flag("--warmup-epochs", type=between(0, 1e6), help="linear warm-up (default: 5 %% of the run)")
     flag("--schedule", choices=("cosine", "linear"), default="cosine", help="how the rate falls after warm-up")
-    flag("--weight-decay", type=between(0, math.inf), default=0.05, help="not on biases and norms")
+    flag("--weight-decay", type=between(0, 1000), default=0.05, help="not on biases and norms")
     flag("--clip-grad", type=positive, help="largest gradient norm (default: off)")
     flag("--ema", type=between(0, 1), help="evaluate an average of the weights with this decay (default: off)")
     flag("--optimizer", choices=(*OPTIMIZERS, "sam"),
@@ -127,7 +127,11 @@ def plan_steps(args, images, processes):
     steps = math.ceil(batches / args.accum)
     effective = args.batch_size * args.accum * processes
     lr = args.lr if args.lr is not None else args.blr * effective / 256
+    if args.min_lr > lr:
+        raise ValueError(f"--min-lr {args.min_lr:g} is above the learning rate {lr:g}, which falls to it; lower it")
     warmup = 0.05 * args.epochs if args.warmup_epochs is None else args.warmup_epochs
+    if warmup > args.epochs:
+        raise ValueError(f"--warmup-epochs {warmup:g} is longer than the run, --epochs {args.epochs}; lower it")
     return Plan(args.batch_size, effective, steps, args.epochs * steps, lr, warmup * steps)
 
 
@@ -201,13 +205,17 @@ def check_state(optimizer, state):
         if {**now, "lr": 0} != {**saved, "lr": 0}:
             raise ValueError("other settings of the optimizer")
     params = list(itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups))
+    names = [set(entries) for entries in state["state"].values()]
+    if any(entries != names[0] for entries in names):
+        raise ValueError("the optimizer remembers different things of different parameters")
     for index, entries in state["state"].items():
         for name, value in entries.items():
-            if not isinstance(value, torch.Tensor):
-                continue
-            fits = value.numel() == 1 or (value.shape == params[index].shape and 0 not in value.stride())
-            if not fits or value.layout != torch.strided or not value.isfinite().all():
-                raise ValueError(f"{name} of parameter {index} has another shape or is not finite")
+            shape = () if name == "step" else params[index].shape
+            dense = value.layout == torch.strided and 0 not in value.stride()
+            if not dense or value.shape != shape or value.dtype != params[index].dtype:
+                raise ValueError(f"{name} of parameter {index} has another shape or type")
+            if not value.isfinite().all():
+                raise ValueError(f"{name} of parameter {index} is not finite")
 
 
 def clip_gradients(learner, limit):

@@ -30,7 +30,7 @@ from training.flags import between, count, path, positive
 from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
-MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when a run is resumed
+MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path", "dry_run")  # when a run is resumed
 
 
 # ---------------------------------------------------------------------------- flags, and those of an earlier run
@@ -41,7 +41,7 @@ def run_flags(flag):
     flag("--resume", action="store_true", help="continue the run in --output-dir")
     flag("--seed", type=between(0, 2**32, int), default=0, help="of weights, order, augmentation and masks")
     flag("--eval-every", type=count, default=1, help="epochs between evaluations; the last one always has one")
-    flag("--save-minutes", type=between(0, math.inf), default=10.0, help="save this often, besides every epoch")
+    flag("--save-minutes", type=between(0, 1e6), default=10.0, help="save this often, besides every epoch")
     flag("--workers", type=between(0, 1000, int), help="loading processes (default: up to 8 on a GPU, else 0)")
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
@@ -67,7 +67,7 @@ def saved_flags(folder):
     if not isinstance(flags, dict) or not isinstance(flags.get("init_options"), dict | None):
         raise ValueError(f"{path} does not hold the flags of a run; remove it if checkpoint.pt is there, or start "
                          "a run in another folder")
-    return flags
+    return {**flags, "dry_run": None}
 
 
 def same_flags(args, saved, source="the run's own"):
@@ -124,8 +124,9 @@ class Run:
     def restore(self, plan, optimizer, **parts):
         """Load model, optimizer and ema if they were saved -> the position to start from."""
         self.parts, self.plan = dict(parts, optimizer=optimizer), plan
+        at = SimpleNamespace(epoch=0, step=0, loss_sum=0.0, loss_count=0, bad_steps=0, bad_in_a_row=0, line={})
         if self.saved is None:
-            return SimpleNamespace(epoch=0, step=0, loss_sum=0.0, loss_count=0, bad_steps=0, bad_in_a_row=0, line={})
+            return at
 
         # the same run: as many steps on as many processes
         path, saved = self.folder / "checkpoint.pt", self.saved
@@ -138,10 +139,10 @@ class Run:
             for name, part in self.parts.items():
                 if part is not None:
                     part.load_state_dict(saved[name])
-            at = SimpleNamespace(**saved["at"])
+            at = position(saved["at"], at)
             first = at.epoch * plan.steps_per_epoch
-            fits = 0 <= at.epoch <= self.args.epochs and first <= at.step <= first + plan.steps_per_epoch
-            if not fits or saved["log_bytes"] < 0:
+            last = min(first + plan.steps_per_epoch, plan.total_steps)
+            if not 0 <= at.epoch <= self.args.epochs or not first <= at.step <= last or not saved["log_bytes"] >= 0:
                 raise ValueError(f"epoch {at.epoch}, step {at.step} is no position of this run")
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -156,20 +157,20 @@ class Run:
             try:
                 self.make_folder()
             except OSError as error:
-                raise ValueError(f"cannot write to --output-dir {self.folder}: {error.strerror}") from None
+                raise ValueError(f"cannot write to --output-dir {self.folder or 'runs'}: {error.strerror}") from None
         self.folder = self.world.gather(self.folder)[0]
         self.hint = self.hint or self.folder
         self.saved = None  # the tensors are in the model now
 
     def make_folder(self):
         # a numbered folder is taken by making it, so that runs that start together get one each
+        (self.folder or Path("runs")).mkdir(parents=True, exist_ok=True)
         numbers = itertools.count(1)
         while self.folder is None:
             folder = Path("runs") / f"{next(numbers):04d}"
             with contextlib.suppress(FileExistsError):
-                folder.mkdir(parents=True)
+                folder.mkdir()
                 self.folder = folder
-        self.folder.mkdir(parents=True, exist_ok=True)
 
         # one process per folder; lines after the last checkpoint will be written again
         self.file = open(self.folder / "log.jsonl", "a")
@@ -199,6 +200,9 @@ class Run:
     def save(self, at, epoch):
         """Write checkpoint.pt; epoch: the one to continue in."""
         at.epoch, self.saved_at = epoch, time.monotonic()
+        if not all(param.isfinite().all() for param in self.parts["model"].parameters()):
+            raise SystemExit(f"train.py: the weights are not finite after step {at.step}; the last checkpoint, if any, "
+                             "is from before it; start a new run with a smaller --lr or more --warmup-epochs")
         if not self.world.main:
             return
         state = {name: part.state_dict() for name, part in self.parts.items() if part is not None}
@@ -213,11 +217,17 @@ class Run:
         """A full disk ends the run in one sentence."""
         try:
             yield
-        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer of zip files
-            if "DataLoader" in str(error):
+        except (OSError, RuntimeError) as error:
+            # torch's writer of zip files has no error of its own
+            if isinstance(error, RuntimeError) and "inline_container" not in str(error):
                 raise
             raise SystemExit(f"train.py: cannot write {self.folder / name} ({str(error).splitlines()[0]}); the "
                              "previous checkpoint is untouched: free space and continue with --resume") from None
+
+    def save_picture(self, task, model, data):
+        if self.world.main:
+            with self.writing("the picture"):
+                task.save_picture(self.folder, model, self.args, data)
 
     def __enter__(self):
         return self
@@ -250,6 +260,8 @@ class Run:
         if not data.fitted:
             sizes = f"{plan.batch_size} x accum {args.accum} x {world.size} processes"
             world.say(f"  {plan.total_steps} steps of {plan.effective} images ({sizes}), lr {plan.lr:.3g}")
+        if at.epoch == args.epochs and world.main and not (self.folder / "curves.png").exists():
+            pictures.save_curves(self.folder)  # a kill came between the last checkpoint and it
         if at.step:
             world.say(f"  resumed at epoch {at.epoch}, step {at.step}")
 
@@ -314,6 +326,14 @@ def write_whole(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def position(saved, start):
+    """The saved position of a run, of the same form as that at its start."""
+    forms = [{name: type(value) for name, value in entries.items()} for entries in (saved, vars(start))]
+    if forms[0] != forms[1] or not math.isfinite(saved["loss_sum"]):
+        raise ValueError("the position is damaged")
+    return SimpleNamespace(**saved)
 
 
 def lock(file, folder):

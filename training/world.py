@@ -111,6 +111,17 @@ def from_environment(name, default, least=0, below=2**31):
     return int(text)
 
 
+def lost_process(error):
+    """Which process was lost, in a sentence for the user; None for an error of another kind."""
+    reason = str(error).splitlines()[0]
+    if "DataLoader worker" in reason:
+        return (f"a loading process was lost ({reason}), often for lack of memory; continue with --resume and fewer "
+                "--workers")
+    if "Connection" in reason:  # of gloo and NCCL
+        return f"another of the training processes was lost ({reason}); continue with --resume"
+    return None
+
+
 class Stop:
     """SIGTERM, SIGHUP and Ctrl-C ask the loop to save and end; a second Ctrl-C ends at once."""
 
