@@ -55,6 +55,7 @@ class Data:
     smallest: int = 1  # images in the smallest evaluation batch; 2 where images are mixed or compared
     learner: Callable | None = None  # model -> the part of it that learns; None: all
     fitted: bool = False  # build has trained the model already: no steps
+    columns: list | None = None  # outputs that compete, where a set has a part of the classes; None: all
     final: bool = False  # the loop sets it before the last evaluation
     weights: dict | None = None  # of a run that goes on, so that build need not read --init
 

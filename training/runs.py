@@ -30,7 +30,10 @@ from training.flags import between, count, path, positive
 from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
-MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path")  # may differ when a run is resumed
+# flags that may differ when a run is resumed, and when it is judged only
+MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path", "eval_only")
+TO_JUDGE = ("device", "precision", "batch_size", "val_images", "crop_ratio", "mean_std", "skip_bad", "val_share",
+            "class_names", "eval_corruptions", "eval_pgd", "attack_eps", "data", "data_size", "data_seed", "scenes")
 
 
 # ---------------------------------------------------------------------------- flags, and those of an earlier run
@@ -46,6 +49,8 @@ def run_flags(flag):
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
     flag("--compile", action="store_true", help="torch.compile")
+    flag("--eval-only", action="store_true", help="train nothing: judge the run in --output-dir (with --resume), or a "
+                                                  "classifier (--task classify --init FILE)")
     flag("--dry-run", action="store_true", help="print sizes and costs, train nothing, need no data")
     flag("--tflops", type=positive, default=100.0, help="device speed that --dry-run assumes")
 
@@ -72,8 +77,9 @@ def saved_flags(folder):
 
 def same_flags(args, saved, source="the run's own"):
     """ValueError where a flag contradicts the run that goes on."""
+    free = MAY_DIFFER + (TO_JUDGE if args.eval_only else ())
     for name, value in vars(args).items():
-        if name in saved and name not in MAY_DIFFER and value != saved[name]:
+        if name in saved and name not in free and value != saved[name]:
             raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or "
                              "start a new run")
 
@@ -115,6 +121,14 @@ class Run:
             self.saved = read_checkpoint(self.folder / "checkpoint.pt")
             if isinstance(self.saved.get("args"), dict):
                 same_flags(args, self.saved["args"], "its checkpoint's")
+
+    def load(self, model, learner, ema):
+        """The finished run's weights into model -> what was evaluated: the learner, or the average of its weights."""
+        model.load_state_dict(self.saved["model"])
+        if ema is None:
+            return learner
+        ema.load_state_dict(self.saved["ema"])
+        return ema.module
 
     @property
     def weights(self):
