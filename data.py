@@ -316,7 +316,8 @@ def open_source(
 def first_of_shuffle(num_samples, count, flag="train-images"):
     """The first `count` of one fixed shuffle, whatever the run's seed: nested subsets to compare on."""
     if not 1 <= count <= num_samples:
-        raise ValueError(f"{flag} {count} must lie in 1..{num_samples}, the images there are")
+        raise ValueError(f"{flag} {count} must lie in 1..{num_samples}, the images there are; after a recipe give "
+                         f"--{flag} {num_samples} to use all")
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))[:count].tolist()
 
 
