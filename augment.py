@@ -25,7 +25,7 @@ import torch
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
-AUGMENTATIONS = ("none", "padcrop", "mae", "inception", "strong", "simclr")
+AUGMENTATIONS = ("none", "padcrop", "crop", "mae", "inception", "strong", "simclr")
 BICUBIC, BILINEAR = v2.InterpolationMode.BICUBIC, v2.InterpolationMode.BILINEAR
 
 
@@ -37,6 +37,7 @@ def augmentation(name, img_size, mean, std, crop_ratio=None):
 
     none       the whole image where the size fits, else resize and center crop; crop_ratio: of FitSize
     padcrop    reflect-pad by 1/8, random crop, flip: for images that already have the size
+    crop       random resized crop (0.08, 1) bicubic, flip: MAE's linear probe
     mae        random resized crop (0.2, 1) bicubic, flip: MAE, MIRL and MixMIM pre-training
     inception  random resized crop (0.05, 1), flip: "simple Inception-style preprocessing" of the SAM paper
     strong     random resized crop, flip, RandAugment, erasing 0.25: fine-tuning; mixup, cutmix act on batches
@@ -51,6 +52,8 @@ def augmentation(name, img_size, mean, std, crop_ratio=None):
         padding = [max(1, width // 8), max(1, height // 8)]
         crop = v2.RandomCrop(img_size, padding, padding_mode="reflect")
         first = [FitSize(img_size), crop, flip]
+    elif name == "crop":
+        first = [random_crop(img_size, 0.08), flip]
     elif name == "mae":
         first = [random_crop(img_size, 0.2), flip]
     elif name == "inception":  # without antialiasing, as in the JAX code

@@ -193,16 +193,17 @@ class Folder(Dataset):
     """root/train and root/val (or root/test), a folder per class. Hidden files and folders do not count.
 
     labeled False: all images at any depth below root/train (or root, if there is no train/), label 0.
+    bare: without val/ and test/, the folders of the classes may be in root itself.
     A broken file is a ValueError with its path, or, with skip_bad, is reported, counted (`bad`) and replaced by
     the next one. Small sets of equal-sized images are decoded once (`cache`), here only the `wanted` indices.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
 
-    def __init__(self, root, train, skip_bad=False, labeled=True):
+    def __init__(self, root, train, skip_bad=False, labeled=True, bare=False):
         names = ["train"] if train else ["val", "test"]
         paths = [os.path.join(root, name) for name in names]
-        if train and not labeled:
+        if bare or (train and not labeled):
             paths.append(root)
         path = next((path for path in paths if os.path.isdir(path)), None)
         if path is None:
@@ -291,14 +292,15 @@ class Scenes:
 
 
 def open_source(
-    name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded", labeled=True
+    name, path, train, img_size, size=4096, seed=0, download=False, skip_bad=False, scenes="crowded", labeled=True,
+    bare=False,
 ):
     """The image set `name` ("shapes", "cifar10", "cifar100", "folder").
 
     It has len, [i] -> (uint8 image, label), classes, mean, std.
 
     size and scenes are for shapes: training scenes, a quarter of them for validation; simple or crowded.
-    labeled is for folders: False takes any folder of images.
+    labeled and bare are for folders: any images without labels; classes in the folder itself, see Folder.
     """
     if name == "shapes":
         return Shapes(size if train else max(1, size // 4), img_size, seed, train, scenes)
@@ -307,14 +309,15 @@ def open_source(
     if name in ("cifar10", "cifar100"):
         return Cifar(name, path, train, download)
     if name == "folder":
-        return Folder(path, train, skip_bad, labeled)
+        return Folder(path, train, skip_bad, labeled, bare)
     raise ValueError(f"data {name!r} is unknown; choose shapes, cifar10, cifar100 or folder")
 
 
 def first_of_shuffle(num_samples, count, flag="train-images"):
     """The first `count` of one fixed shuffle, whatever the run's seed: nested subsets to compare on."""
     if not 1 <= count <= num_samples:
-        raise ValueError(f"{flag} {count} must lie in 1..{num_samples}, the images there are")
+        raise ValueError(f"{flag} {count} must lie in 1..{num_samples}, the images there are; after a recipe give "
+                         f"--{flag} {num_samples} to use all")
     return torch.randperm(num_samples, generator=torch.Generator().manual_seed(0))[:count].tolist()
 
 

@@ -87,15 +87,20 @@ def open_picture(path):
 def read_image(path):
     """(1) An image file -> uint8 (3, H, W): upright as EXIF says, transparent parts on white, gray as RGB."""
     with open_picture(path) as picture:
-        turn_upright(picture)
-        if picture.mode.startswith(("I", "F")):
-            return to_bytes(picture).expand(3, -1, -1)
-        if "A" in picture.getbands() or "transparency" in picture.info:
-            picture = picture.convert("RGBA")
-            page = Image.new("RGBA", picture.size, "white")
-            page.alpha_composite(picture)
-            picture = page
-        return v2.functional.pil_to_tensor(picture.convert("RGB"))
+        return to_rgb(picture)
+
+
+def to_rgb(picture):
+    """The same of an opened PIL image."""
+    turn_upright(picture)
+    if picture.mode.startswith(("I", "F")):
+        return to_bytes(picture).expand(3, -1, -1)
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        picture = picture.convert("RGBA")
+        page = Image.new("RGBA", picture.size, "white")
+        page.alpha_composite(picture)
+        picture = page
+    return v2.functional.pil_to_tensor(picture.convert("RGB"))
 
 
 def turn_upright(picture):

@@ -16,7 +16,7 @@ Interrupted anywhere, a run continues with --resume --output-dir DIR and ends, o
 the order of the data (data.TrainBatches), augmentation and masks (data.Images) are functions of (seed, epoch,
 index), dropout of (seed, step, rank), and model, optimizer and position are saved (runs.Run.save).
 
-Needs: torch, torchvision, einops, tqdm; the other files here.
+Needs: torch, torchvision, einops, tqdm; all files here.
 """
 
 import functools
@@ -37,6 +37,7 @@ from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
 from training.flags import Parser, expand, path, refuse
+from training.judge import judge
 from training.optim import lr_at, plan_steps
 from training.runs import Run, check_folder, run_flags, same_flags, saved_flags, summary
 from training.world import Stop, World, lost_process
@@ -279,8 +280,7 @@ def find_task(argv):
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
     if saved and saved.get("task") not in TASKS:
-        raise ValueError(f"args.json in {given.output_dir} names the task {saved.get('task')!r}; it is one of "
-                         f"{', '.join(TASKS)}")
+        raise ValueError(f"args.json in {given.output_dir} names no task, but {saved.get('task')!r}; see --task")
     if saved and task not in (None, saved["task"]):
         raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
     return task or saved.get("task"), saved, argv
@@ -289,15 +289,16 @@ def find_task(argv):
 def parse(argv):
     """-> all flags of the task at hand, checked and completed. ValueError in one sentence."""
     task, saved, argv = find_task(argv)
+    given = {word.split("=")[0] for word in argv}
     if task is None:  # the default run
         task = "pretrain"
-        given = {word.split("=")[0] for word in argv}
         default = [flags for name, flags in DEFAULT_RUN.items() if name not in given]
         argv = shlex.split(" ".join(default)) + argv
 
     # the flags of the run that goes on, then those given now
     parser = parser_for(task)
-    args, unknown = parser.parse_known_args(parser.as_argv(saved) + argv)
+    earlier = sources.without_set(saved) if given >= {"--eval-only", "--data"} else saved
+    args, unknown = parser.parse_known_args(parser.as_argv(earlier) + argv)
     if unknown:
         refuse(unknown[0], task, {name: parser_for(name) for name in TASKS})
 
@@ -337,6 +338,8 @@ def start(args):
     try:
         check_folder(args, world)
         with Stop() as stop, Run(args, world, args.output_dir) as run:
+            if args.eval_only:
+                return judge(args, TASKS[args.task], world, run)
             line = fit(args, TASKS[args.task], world, run, stop)
             if getattr(args, "then_probe", False):
                 probe_both(args, line, world, stop, run.folder)

@@ -37,6 +37,8 @@ from torchvision.transforms import v2
 
 from checkpoints import read_checkpoint
 from data import augmentation
+from files import to_rgb
+from semantic import Fit
 from vit import ViT
 
 MODULES = {"pretrain": "pretrain", "classify": "classify", "probe": "probe", "contrast": "contrast",
@@ -55,6 +57,7 @@ class Data:
     smallest: int = 1  # images in the smallest evaluation batch; 2 where images are mixed or compared
     learner: Callable | None = None  # model -> the part of it that learns; None: all
     fitted: bool = False  # build has trained the model already: no steps
+    columns: list | None = None  # outputs that compete, where a set has a part of the classes; None: all
     final: bool = False  # the loop sets it before the last evaluation
     weights: dict | None = None  # of a run that goes on, so that build need not read --init
 
@@ -150,7 +153,7 @@ def evaluated_weights(saved, task):
 def as_tensor(image):
     """PIL or tensor -> uint8 (3, H, W)"""
     if not isinstance(image, torch.Tensor):
-        return v2.functional.pil_to_tensor(image.convert("RGB"))
+        return to_rgb(image)
     if image.dtype != torch.uint8 or image.ndim != 3 or len(image) != 3:
         raise ValueError(f"image is {image.dtype} {tuple(image.shape)}; give uint8 (3, H, W) or a PIL image")
     return image
@@ -162,7 +165,7 @@ def evaluation_transform(args):
     if args.task == "detect":  # it resizes and normalizes by itself
         return to_unit
     if args.task == "segment":  # keeps the aspect ratio
-        resize = v2.Resize(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
+        resize = Fit(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
         return v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(args.mean, args.std)])
     return augmentation("none", size, args.mean, args.std, getattr(args, "crop_ratio", None))  # older runs: None
 

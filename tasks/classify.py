@@ -14,9 +14,13 @@ from tqdm import tqdm
 from data import Images, augmentation
 from robust import corruption_accuracy, fgsm, mean_accuracy, pgd
 from sam import batchnorm_held
+from files import read_text
+from formats import convert, flat_tensors
 from tasks import Data
 from training import encoders, pictures, sources
-from training.flags import between, positive
+from training.encoders import read_init
+from training.flags import between, path, positive
+from training.judge import match_classes
 
 DEFAULTS = dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, beta2=0.999, layer_decay=1.0, label_smoothing=0.0,
                 mixup=0.0, cutmix=0.0)
@@ -24,6 +28,8 @@ DEFAULTS = dict(epochs=20, batch_size=64, blr=2e-3, min_lr=1e-6, beta2=0.999, la
 
 def add_flags(flag):
     add_tuning_flags(flag)
+    flag("--class-names", type=path, metavar="FILE",
+         help="with --eval-only --init: what the file's outputs stand for, one folder name a line")
     flag("--tune-last", type=between(0, 1000, int), metavar="N",
          help="train the last N blocks, the last norm and the head only (default: all)")
     flag("--label-smoothing", type=between(0, 1))
@@ -81,12 +87,39 @@ def open_data(args, world):
 
 
 def build(args, data, world):
+    if args.eval_only and not args.resume:
+        return published_classifier(args, data, world)
     encoder = build_encoder(args, data, world)
     encoder.reset_classifier(len(data.classes))
     if args.init:
         nn.init.trunc_normal_(encoder.head.weight, std=2e-5)
     if args.tune_last is not None:
         freeze(encoder, args.tune_last)
+    return encoder
+
+
+def published_classifier(args, data, world):
+    """The encoder of --init with the file's own head; data.classes become what its outputs stand for."""
+    file = read_init(args.init)
+    _, state, _ = convert(flat_tensors(file, args.init))
+    if "head.weight" not in state:
+        raise ValueError(f"--eval-only: --init {args.init} has no linear classifier; fine-tune it first, or judge a "
+                         "run with --resume")
+    outputs = len(state["head.weight"])
+    names = file.get("classes") or (data.classes if outputs == len(data.classes) else None)
+    if args.class_names is not None:
+        names = read_text(args.class_names).splitlines()
+    if names is None or len(names) != outputs:
+        raise ValueError(f"--init {args.init} has {outputs} outputs, but {len(names or data.classes)} classes are "
+                         "named; give --class-names FILE, one folder name a line in the order of the outputs")
+    match_classes(data, names, partly=True)
+
+    encoder = encoders.build_encoder(args, init_options=args.init_options)
+    encoder.reset_classifier(outputs)
+    missing = encoders.load_init(encoder, args, data, world).missing
+    if missing:
+        raise ValueError(f"--eval-only: --init {args.init} lacks {', '.join(missing[:3])}; take the other --pool, or a "
+                         "file of this --model")
     return encoder
 
 
@@ -126,16 +159,22 @@ def loss(model, batch, args, data):
 
 
 def evaluate(model, loader, args, data, world):
-    loss = correct = count = 0
+    loss = correct = among_five = count = 0
     for images, labels, *_ in loader:
         images, labels = images.to(world.device), labels.to(world.device)
         logits = model(images).float()
+        if data.columns is not None:
+            logits = logits[:, data.columns]
         loss += F.cross_entropy(logits, labels, reduction="sum").item()
         correct += (logits.argmax(dim=1) == labels).sum().item()
+        best = logits.topk(min(5, logits.shape[1])).indices
+        among_five += (best == labels[:, None]).sum().item()
         count += len(images)
-    loss, correct, count = world.sum([loss, correct, count])
+    loss, correct, among_five, count = world.sum([loss, correct, among_five, count])
     line = {"val_loss": loss / count, "val_acc": 100 * correct / count}
-    line |= {"val_images": int(count), "classes": len(data.classes)}
+    line |= {"val_images": int(count), "classes": len(data.columns or data.classes)}
+    if args.eval_only:
+        line["val_top5"] = 100 * among_five / count
     if data.final and (getattr(args, "eval_corruptions", False) or getattr(args, "eval_pgd", False)):
         line |= evaluate_robustness(model, loader, args, data, world)
     return line

@@ -47,7 +47,7 @@ def test_pad_crop_moves_an_image_by_at_most_an_eighth():
 
 
 def test_an_unknown_augmentation_names_the_known_ones():
-    with pytest.raises(ValueError, match="none, padcrop, mae"):
+    with pytest.raises(ValueError, match="none, padcrop, crop"):
         augmentation("magic", (32, 32), (0, 0, 0), (1, 1, 1))
 
 

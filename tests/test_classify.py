@@ -5,8 +5,8 @@ import argparse
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, HIERARCHICAL, MIXMIM, PRETRAIN, RESNET, STILL, TINY, VIT, built, checkpoint, epochs, log, refused, start,
-    weights)
+    CLASSIFY, HIERARCHICAL, MIXMIM, PRETRAIN, RESNET, STILL, TINY, VIT, built, checkpoint, epochs, log, refused,
+    start, weights)
 from torch.nn import functional as F
 from torch.utils.data import default_collate
 from torchvision.transforms import v2
@@ -204,3 +204,25 @@ def test_the_flags_of_a_run_are_kept_with_its_weights(finished):
     saved = checkpoint(finished(CLASSIFY))
     assert saved["args"]["task"] == "classify" and len(saved["classes"]) == 10
     assert len(saved["mean"]) == len(saved["std"]) == 3
+
+
+@pytest.mark.parametrize("flags, fixed, moved", [
+    ("--tune-last 1", "blocks.0.", "blocks.1."),
+    ("--tune-last 0", "blocks.", "head."),
+    (f"--model mixmim_demo {HIERARCHICAL} --tune-last 2", "layers.0.", "layers.2."),
+])
+def test_only_the_last_blocks_are_tuned(tmp_path, flags, fixed, moved):
+    sizes = "" if "mixmim" in flags else VIT
+    words = f"--task classify {sizes} --data-size 16 --batch-size 8 --epochs 1 {flags}"
+    before = built(words).model.state_dict()
+    start(words, tmp_path)
+    after = weights(tmp_path)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert any(name.startswith(moved) for name in changed) and "head.weight" in changed
+    assert not [name for name in changed if name.startswith((fixed, "patch_embed", "pos_embed", "cls_token"))]
+
+
+@pytest.mark.parametrize("flags", ["--tune-last 3", "--tune-last 0 --model resnet8"])
+def test_more_blocks_than_there_are_cannot_be_tuned(capsys, flags):
+    sizes = "" if "resnet" in flags else VIT
+    assert "--tune-last" in refused(f"--task classify {sizes} --data-size 16 {flags}", capsys)

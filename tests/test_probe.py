@@ -100,3 +100,27 @@ def test_a_folder_of_one_class_is_one_sentence(tmp_path, capsys):
             Image.new("RGB", (32, 32), (60 * i, 0, 0)).save(tmp_path / part / "cat" / f"{i}.png")
     error = refused(f"--task probe {VIT} --data folder --data-path {tmp_path}", capsys, before_training=False)
     assert "two classes" in error
+
+
+def test_maes_probe_trains_batch_norm_and_head_on_new_crops(pretrained, tmp_path):
+    flags = f"--task probe --style mae --init {pretrained / 'checkpoint.pt'} --data-size 64 --batch-size 16"
+    start(f"{flags} --epochs 2", tmp_path)
+    args = json.loads((tmp_path / "args.json").read_text())
+    assert (args["optimizer"], args["augment"], args["pool"]) == ("lars", "crop", "cls")
+
+    # the encoder stays; the statistics are those of batches
+    before, after = weights(pretrained), weights(tmp_path)
+    shared = [name for name in after if f"encoder.{name}" in before and name.startswith("blocks.")]
+    assert shared and all(torch.equal(after[name], before[f"encoder.{name}"]) for name in shared)
+    assert after["head.0.num_batches_tracked"] == 8
+    assert after["head.1.weight"].abs().max() > 0.02  # it moved from a standard deviation of 0.01
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--style mae --model resnet8", ("--style mae", "resnet8")),
+    ("--style adamw --augment crop", ("--augment crop", "--style mae")),
+    ("--style mae --penalties 0.1", ("--penalties", "lbfgs")),
+])
+def test_flags_of_other_styles_are_refused(capsys, flags, words):
+    error = refused(f"--task probe --data-size 64 {flags}", capsys)
+    assert all(word in error for word in words)

@@ -567,3 +567,20 @@ def test_dropping_the_class_token_leaves_the_patches_positions_and_pools_their_m
     model.drop_class_token()  # nothing left to drop
     with pytest.raises(ValueError, match="rel_pos_bias=None"):
         ViT(img_size=8, patch_size=4, embed_dim=16, depth=1, num_heads=2, rel_pos_bias="block").drop_class_token()
+
+
+def test_the_jax_start_has_its_standard_deviations():
+    torch.manual_seed(0)
+    dim = 192
+    for weight_init, pos_embed, kernel in (("mae", "sincos", 2 / (4 * dim)), ("jax", "learned", 2 / (2 * dim))):
+        model = ViT(img_size=64, patch_size=4, embed_dim=dim, depth=1, num_heads=3, num_classes=10,
+                    weight_init=weight_init, pos_embed=pos_embed)
+        q, k, v = model.blocks[0].attn.qkv.weight.chunk(3)  # Xavier: of the fused matrix, or of each
+        for matrix in (q, k, v):
+            assert matrix.std().item() == pytest.approx(kernel**0.5, rel=0.02)
+        assert matrix.abs().max().item() <= (3 * kernel) ** 0.5 + 1e-6  # uniform
+        if weight_init == "jax":
+            assert model.pos_embed.std().item() == pytest.approx(0.02, rel=0.03)
+            assert not model.cls_token.any() and not model.head.weight.any()
+        else:
+            assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.2) and model.head.weight.any()

@@ -93,16 +93,18 @@ def dry_run(args, task, world):
     checkpointing = getattr(args, "checkpointing", False)
     passes = 1 if args.task == "probe" else 4 if checkpointing else 3
     passes *= (1 + (args.optimizer == "sam")) * (1 + getattr(args, "adversarial", False))
-    fitted = getattr(args, "style", None) == "lbfgs"
-    plan = plan_steps(args, 0 if fitted else images, world.size)
-    seen = images if args.task == "probe" else plan.total_steps * plan.effective
+    style = getattr(args, "style", None)
+    plan = plan_steps(args, 0 if style == "lbfgs" else images, world.size)
+    seen = images if style in ("lbfgs", "adamw") else plan.total_steps * plan.effective  # features once
+    rate = args.tflops * 1e12 / (2 * macs * passes)
     hours = 2 * macs * passes * seen / (args.tflops * 1e12) / 3600
 
     # memory: weights, and per trainable weight a gradient, two moments, SAM's copy
     total = sum(p.numel() for p in model.parameters())
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     copies = 16 if args.optimizer == "sam" else 12
-    activations *= plan.batch_size
+    bf16 = args.precision == "bf16"
+    activations *= plan.batch_size / (2 if bf16 else 1)
     memory = 4 * total + copies * trainable + activations
 
     method = f" by {args.method}" if args.task == "pretrain" else ""
@@ -112,9 +114,10 @@ def dry_run(args, task, world):
     print(f"multiply-adds {macs / 1e9:.3f} G per image, forward{detect}")
     print(f"steps        {plan.total_steps:,} of {plan.effective} images, {args.epochs} epochs of {images:,}")
     print(f"lr           {plan.lr:.3g}")
-    print(f"memory       about {memory / 1e9:.1f} GB per device in fp32: weights, gradients, the optimizer's copies, "
-          f"{activations / 1e9:.1f} GB of activations{detect}")
-    print(f"device-hours {hours:.4g} at {args.tflops:g} TFLOP/s")
+    print(f"memory       about {memory / 1e9:.1f} GB per device in {'bf16' if bf16 else 'fp32'}: weights, gradients, the "
+          f"optimizer's copies, {activations / 1e9:.1f} GB of activations{detect}")
+    print(f"device-hours {hours:.4g} at {args.tflops:g} TFLOP/s, {hours / 24:.3g} days of one device; loading must "
+          f"deliver {rate:,.0f} images/s")
 
 
 def check_installation():

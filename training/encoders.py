@@ -208,8 +208,9 @@ def complete(args, skip=()):
 
 
 def load_init(encoder, args, data, world):
-    """The weights of --init, unless the run's own come later. A ViT that learns trains its position table."""
+    """The weights of --init, unless the run's own come later -> the report."""
     if args.init and data.weights is None:
-        load_pretrained(encoder, read_init(args.init), verbose=world.main, name=args.init)
-    elif not args.init:
+        return load_pretrained(encoder, read_init(args.init), verbose=world.main, name=args.init)
+    if not args.init:
         world.say("  no --init: the encoder starts from random weights")
+    return None

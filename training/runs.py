@@ -30,7 +30,10 @@ from training.flags import between, count, path, positive
 from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
-MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path", "dry_run")  # when a run is resumed
+# flags that may differ when a run is resumed, and when it is judged only
+MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path", "eval_only", "dry_run")
+TO_JUDGE = ("device", "precision", "batch_size", "val_images", "crop_ratio", "mean_std", "skip_bad", "val_share",
+            "class_names", "eval_corruptions", "eval_pgd", "attack_eps", "data", "data_size", "data_seed", "scenes")
 
 
 # ---------------------------------------------------------------------------- flags, and those of an earlier run
@@ -46,6 +49,8 @@ def run_flags(flag):
     flag("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto")
     flag("--precision", choices=("auto", "fp32", "bf16"), default="auto", help="auto: bf16 where the GPU has it")
     flag("--compile", action="store_true", help="torch.compile")
+    flag("--eval-only", action="store_true", help="train nothing: judge the run in --output-dir (with --resume), or a "
+                                                  "classifier (--task classify --init FILE)")
     flag("--dry-run", action="store_true", help="print sizes and costs, train nothing, need no data")
     flag("--tflops", type=positive, default=100.0, help="device speed that --dry-run assumes")
 
@@ -72,8 +77,9 @@ def saved_flags(folder):
 
 def same_flags(args, saved, source="the run's own"):
     """ValueError where a flag contradicts the run that goes on."""
+    free = MAY_DIFFER + (TO_JUDGE if args.eval_only else ())
     for name, value in vars(args).items():
-        if name in saved and name not in MAY_DIFFER and value != saved[name]:
+        if name in saved and name not in free and value != saved[name]:
             raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or "
                              "start a new run")
 
@@ -116,6 +122,14 @@ class Run:
             if isinstance(self.saved.get("args"), dict):
                 same_flags(args, self.saved["args"], "its checkpoint's")
 
+    def load(self, model, learner, ema):
+        """The finished run's weights into model -> what was evaluated: the learner, or the average of its weights."""
+        model.load_state_dict(self.saved["model"])
+        if ema is None:
+            return learner
+        ema.load_state_dict(self.saved["ema"])
+        return ema.module
+
     @property
     def weights(self):
         """The saved model, for build: None at a fresh start."""
@@ -136,14 +150,11 @@ class Run:
                              f"{plan.total_steps} on {self.world.size}; resume with as many processes and images")
         try:
             check_state(optimizer, saved["optimizer"])
+            check_finite(saved["model"] | (saved.get("ema") or {}))
             for name, part in self.parts.items():
                 if part is not None:
                     part.load_state_dict(saved[name])
-            at = position(saved["at"], at)
-            first = at.epoch * plan.steps_per_epoch
-            last = min(first + plan.steps_per_epoch, plan.total_steps)
-            if not 0 <= at.epoch <= self.args.epochs or not first <= at.step <= last or not saved["log_bytes"] >= 0:
-                raise ValueError(f"epoch {at.epoch}, step {at.step} is no position of this run")
+            at = position(saved, at, plan, self.args.epochs)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ValueError(f"{path} does not fit this run ({reason}); resume with its own model and flags") from None
@@ -328,12 +339,27 @@ def write_whole(path, write):
         raise
 
 
-def position(saved, start):
-    """The saved position of a run, of the same form as that at its start."""
-    forms = [{name: type(value) for name, value in entries.items()} for entries in (saved, vars(start))]
-    if forms[0] != forms[1] or not math.isfinite(saved["loss_sum"]):
-        raise ValueError("the position is damaged")
-    return SimpleNamespace(**saved)
+def check_finite(tensors):
+    for name, value in tensors.items():
+        if not value.isfinite().all():
+            raise ValueError(f"{name} is not finite")
+
+
+def position(saved, start, plan, epochs):
+    """The saved position: of the same form as that at the start, and within the run."""
+    at, log_bytes = SimpleNamespace(**saved["at"]), saved["log_bytes"]
+    damaged = type(log_bytes) is not int or log_bytes < 0 or not math.isfinite(at.loss_sum)
+    for name, value in vars(start).items():
+        damaged = damaged or type(getattr(at, name)) is not type(value)
+    counts = [value for value in vars(at).values() if type(value) is int]
+    if damaged or min(counts) < 0:
+        raise ValueError("its position is damaged")
+
+    first = at.epoch * plan.steps_per_epoch
+    last = min(first + plan.steps_per_epoch, plan.total_steps)
+    if at.epoch > epochs or not first <= at.step <= last:
+        raise ValueError(f"epoch {at.epoch}, step {at.step} is no position of this run")
+    return at
 
 
 def lock(file, folder):

@@ -57,6 +57,11 @@ def augment_flag(flag, default):
     flag("--augment", choices=AUGMENTATIONS, help=f"(default: {default})")
 
 
+def without_set(flags):
+    """The flags of a run without those of its image set, to judge it on another one."""
+    return {name: value for name, value in flags.items() if name not in READ_BY and name != "stats"}
+
+
 def complete(args):
     """Refuse flags of another set; the defaults of generated scenes."""
     for name, sets in READ_BY.items():
@@ -89,16 +94,19 @@ def open_images(args, world, need_val=True):
     """Training and validation set of whole images, opened and, where small, decoded."""
     options = dict(name=args.data, path=args.data_path, img_size=tuple(args.img_size), size=args.data_size,
                    seed=args.data_seed, scenes=args.scenes, skip_bad=args.skip_bad,
-                   labeled=args.task != "pretrain")
+                   labeled=args.task != "pretrain", bare=args.eval_only)
+    # a set that is only judged needs no training part
+    judged = args.eval_only and not args.val_share
+
     # rank 0 downloads, the others wait
     if args.download and not world.main:
         world.gather(None)
-    train = open_source(train=True, download=bool(args.download and world.main), **options)
+    train = open_source(train=not judged, download=bool(args.download and world.main), **options)
     if args.download and world.main:
         world.gather(None)
 
-    val = None
-    if not args.val_share:
+    val = train if judged else None
+    if not args.val_share and not judged:
         try:
             val = open_source(train=False, download=bool(args.download and world.main), **options)
         except ValueError as error:
@@ -111,11 +119,14 @@ def open_images(args, world, need_val=True):
     # decoded now, once, before loading processes copy it
     wanted = {sources.train: sources.indices}
     if sources.val is not None:
-        wanted[sources.val] = sorted(wanted.get(sources.val, []) + sources.val_indices)
+        wanted[sources.val] = sorted({*wanted.get(sources.val, []), *sources.val_indices})
     for source, indices in wanted.items():
         if isinstance(source, Folder):
             source.cache(indices, progress=world.main)
         getattr(source, "images", None)  # shapes are drawn at the first look
+    if getattr(args, "normalization", None):  # of the run that is judged
+        mean, std = args.normalization
+        sources = sources._replace(mean=tuple(mean), std=tuple(std))
     if args.mean_std is not None:
         mean, std = args.mean_std
         sources = sources._replace(mean=(mean,) * 3, std=(std,) * 3)

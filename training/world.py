@@ -89,7 +89,7 @@ class World:
 
     def say(self, text):
         """Print on rank 0. A closed pager or a full disk behind stdout does not end a training."""
-        if not self.main:
+        if not self.main or sys.stdout is None:
             return
         try:
             tqdm.write(text)
