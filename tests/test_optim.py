@@ -28,7 +28,7 @@ from torch.utils.data import default_collate
 from data import TrainBatches
 from training import optim
 
-NO_FLAGS = dict(accum=1, lr=None, blr=0.004, warmup_epochs=None, epochs=3, batch_size=8, task="classify")
+NO_FLAGS = dict(accum=1, lr=None, blr=0.004, min_lr=0.0, warmup_epochs=None, epochs=3, batch_size=8, task="classify")
 
 
 # ---------------------------------------------------------------------------- the plan

@@ -3,6 +3,8 @@
 Needs: torch, tqdm.
 """
 
+import atexit
+import multiprocessing.util  # whose own function at exit must be registered before ours, to run after it
 import os
 import signal
 import sys
@@ -88,11 +90,12 @@ class World:
         return tqdm(steps, title, leave=False, disable=None if self.main else True)
 
     def say(self, text):
-        """Print on rank 0. A closed pager or a full disk behind stdout does not end a training."""
+        """Print on rank 0. A closed pager, a full disk or an old terminal behind stdout does not end a training."""
         if not self.main or sys.stdout is None:
             return
+        encoding = sys.stdout.encoding or "utf-8"
         try:
-            tqdm.write(text)
+            tqdm.write(text.encode(encoding, "backslashreplace").decode(encoding))
             sys.stdout.flush()
         except OSError:
             sys.stdout = open(os.devnull, "w")
@@ -120,6 +123,16 @@ def lost_process(error):
     if "Connection" in reason:  # of gloo and NCCL
         return f"another of the training processes was lost ({reason}); continue with --resume"
     return None
+
+
+@atexit.register
+def end_workers():
+    """At exit Python would end loading processes by SIGTERM, which they ignore, and wait for ever."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call them lost
+    for process in workers:
+        process.kill()
 
 
 class Stop:
