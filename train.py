@@ -279,7 +279,7 @@ def find_task(argv):
             raise ValueError("--resume needs --output-dir, the folder of the run to continue")
         argv += ["--resume"]
         saved = saved_flags(given.output_dir)
-    if saved and saved.get("task") not in TASKS:
+    if saved and saved.get("task") not in list(TASKS):
         raise ValueError(f"args.json in {given.output_dir} names no task, but {saved.get('task')!r}; see --task")
     if saved and task not in (None, saved["task"]):
         raise ValueError(f"--task {task} differs from the run's own {saved['task']}; start a new run")
@@ -362,9 +362,9 @@ def main(argv=None):
         if "--check" in argv:
             return check_installation()
         args = parse(argv)
+        started = True
         if args.dry_run:
             return dry_run(args, TASKS[args.task], World("cpu"))
-        started = True
         return start(args)
     except ValueError as error:
         # an error from a loading process comes as its traceback, which ends with the sentence

@@ -60,14 +60,14 @@ def saved_flags(folder):
     path, checkpoint = Path(folder) / "args.json", Path(folder) / "checkpoint.pt"
     flags = None
     try:
-        if path.is_file():
+        if os.path.isfile(path):  # unlike Path.is_file it is silent about folders that are closed
             flags = json.loads(path.read_text())
-        elif checkpoint.is_file():
+        elif os.path.isfile(checkpoint):
             flags = read_checkpoint(checkpoint).get("args")
         else:
             return {}
     except (OSError, RecursionError, json.JSONDecodeError, UnicodeDecodeError):
-        if not checkpoint.is_file():  # nothing was trained yet
+        if not os.path.isfile(checkpoint):  # nothing was trained yet
             return {}
     if not isinstance(flags, dict) or not isinstance(flags.get("init_options"), dict | None):
         raise ValueError(f"{path} does not hold the flags of a run; remove it if checkpoint.pt is there, or start "
