@@ -73,7 +73,7 @@ def expand(argv, including=()):
     """A command line, with the words of a recipe in place of @FILE. including: the recipes that lead here"""
     words = []
     for word in argv:
-        words += read_recipe(path(word[1:]), including) if word.startswith("@") else [word]
+        words += read_recipe(os.path.expanduser(word[1:]), including) if word.startswith("@") else [word]
     return words
 
 
