@@ -150,10 +150,11 @@ class Run:
                              f"{plan.total_steps} on {self.world.size}; resume with as many processes and images")
         try:
             check_state(optimizer, saved["optimizer"])
-            check_finite(saved["model"] | (saved.get("ema") or {}))
             for name, part in self.parts.items():
                 if part is not None:
                     part.load_state_dict(saved[name])
+                if isinstance(part, torch.nn.Module):
+                    check_weights(saved[name], part)
             at = position(saved, at, plan, self.args.epochs)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError, IndexError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -339,10 +340,10 @@ def write_whole(path, write):
         raise
 
 
-def check_finite(tensors):
-    for name, value in tensors.items():
-        if not value.isfinite().all():
-            raise ValueError(f"{name} is not finite")
+def check_weights(saved, model):
+    for name, value in model.state_dict().items():
+        if saved[name].dtype != value.dtype or not value.isfinite().all():
+            raise ValueError(f"{name} is of another type or not finite")
 
 
 def position(saved, start, plan, epochs):
