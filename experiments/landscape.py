@@ -36,7 +36,7 @@ from training import runs
 from training.world import World
 
 BATCH = 256  # images at a time, where no weights are derived
-FREE = {*runs.FREE, "seed", "device", "download", "eval_every", "mean", "std"}  # may differ within a row
+FREE = {*runs.MAY_DIFFER, "seed", "device", "download", "eval_every", "mean", "std"}  # may differ within a row
 SHARED = ("data", "data_size", "scenes", "img_size")  # must be the same in all runs
 
 COLUMNS = dict(params="params", train_loss="train loss", test_acc="test %", lambda_max="lambda", L_N="L_N", gap="gap",

@@ -71,7 +71,12 @@ def test_a_dry_run_starts_from_a_file_that_may_not_exist_yet(tmp_path, capsys, m
 # ---------------------------------------------------------------------------- recipes and tables
 
 
-@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.txt")), ids=lambda path: path.stem)
+QUICK = ("mae_vit_b16_linprobe", "mixer_s16_scratch_sam", "resnet50_scratch", "vit_s16_supcon")  # the others: slow
+
+
+@pytest.mark.parametrize("recipe", [
+    pytest.param(path, id=path.stem, marks=() if path.stem in QUICK else pytest.mark.slow)
+    for path in sorted((ROOT / "recipes").glob("*.txt"))])
 def test_the_header_of_every_recipe_says_source_what_is_borrowed_and_the_cost_of_the_dry_run(
         tmp_path, capsys, monkeypatch, recipe):
     lines = [line for line in recipe.read_text().splitlines() if line.startswith("#")]

@@ -326,13 +326,13 @@ def test_odd_names_stay_in_one_printable_line_and_are_skipped(tmp_path):
 @pytest.mark.parametrize("height, width", [(1, 1_000_000), (1_000_000, 1)])
 def test_of_a_long_strip_only_the_middle_is_resized(height, width, monkeypatch):
     resized = []
-    resize = module.v2.functional.resize
+    resize = v2.functional.resize
 
     def watch(image, *arguments, **options):
         resized.append(image)
         return resize(image, *arguments, **options)
 
-    monkeypatch.setattr(module.v2.functional, "resize", watch)
+    monkeypatch.setattr(v2.functional, "resize", watch)
     strip = torch.zeros(3, 1_000_000, dtype=torch.uint8)
     strip[:, 499_900:500_100] = 9
     image = strip.view(3, height, width)
@@ -345,8 +345,8 @@ def test_ordinary_images_are_resized_whole(height, width):
     image = torch.randint(0, 256, (3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     scale = 8 / 7 * max(32 / height, 32 / width)
     size = [round(height * scale), round(width * scale)]
-    whole = module.v2.functional.resize(image, size, module.v2.InterpolationMode.BICUBIC, antialias=True)
-    assert torch.equal(FitSize((32, 32))(image), module.v2.functional.center_crop(whole, [32, 32]))
+    whole = v2.functional.resize(image, size, v2.InterpolationMode.BICUBIC, antialias=True)
+    assert torch.equal(FitSize((32, 32))(image), v2.functional.center_crop(whole, [32, 32]))
 
 
 # ---------------------------------------------------------------------------- folders without labels, or without val/
@@ -411,6 +411,7 @@ def test_photos_without_data_folder_are_refused(tmp_path, capsys):
 def share_flags(**flags):
     plain = dict(data="folder", img_size=[32, 32], data_size=None, data_seed=None, scenes=None, skip_bad=None)
     plain |= dict(download=None, stats=False, train_images=None, val_images=None, task="classify", seed=0)
+    plain |= dict(mean_std=None, eval_only=False)
     return SimpleNamespace(**(plain | flags))
 
 

@@ -114,8 +114,9 @@ def dry_run(args, task, world):
     print(f"multiply-adds {macs / 1e9:.3f} G per image, forward{detect}")
     print(f"steps        {plan.total_steps:,} of {plan.effective} images, {args.epochs} epochs of {images:,}")
     print(f"lr           {plan.lr:.3g}")
-    print(f"memory       about {memory / 1e9:.1f} GB per device in {'bf16' if bf16 else 'fp32'}: weights, gradients, the "
-          f"optimizer's copies, {activations / 1e9:.1f} GB of activations{detect}")
+    kind = "bf16" if bf16 else "fp32"
+    print(f"memory       about {memory / 1e9:.1f} GB per device in {kind}: weights, gradients, the optimizer's copies, "
+          f"{activations / 1e9:.1f} GB of activations{detect}")
     print(f"device-hours {hours:.4g} at {args.tflops:g} TFLOP/s, {hours / 24:.3g} days of one device; loading must "
           f"deliver {rate:,.0f} images/s")
 
