@@ -337,13 +337,17 @@ def moment(saved, name, value, index=0):
     saved["optimizer"]["state"][index][name] = value
 
 
+def first_moment(saved):
+    return saved["optimizer"]["state"][0]["exp_avg"]
+
+
 DAMAGE = {
     "another shape": lambda saved: moment(saved, "exp_avg", torch.zeros(3)),
     "one number": lambda saved: moment(saved, "exp_avg", torch.zeros(1)),
-    "expanded": lambda saved: moment(saved, "exp_avg", torch.zeros(1).expand(saved["optimizer"]["state"][0]["exp_avg"].shape)),
-    "sparse": lambda saved: moment(saved, "exp_avg", saved["optimizer"]["state"][0]["exp_avg"].to_sparse()),
-    "complex": lambda saved: moment(saved, "exp_avg", saved["optimizer"]["state"][0]["exp_avg"] + 0j),
-    "NaN": lambda saved: saved["optimizer"]["state"][0]["exp_avg"].view(-1)[:1].fill_(math.nan),
+    "expanded": lambda saved: moment(saved, "exp_avg", first_moment(saved).view(-1)[0].expand_as(first_moment(saved))),
+    "sparse": lambda saved: moment(saved, "exp_avg", first_moment(saved).to_sparse()),
+    "complex": lambda saved: moment(saved, "exp_avg", first_moment(saved) + 0j),
+    "NaN": lambda saved: first_moment(saved).view(-1)[:1].fill_(math.nan),
     "no tensor": lambda saved: moment(saved, "exp_avg", "x"),
     "missing": lambda saved: saved["optimizer"]["state"][0].pop("exp_avg"),
     "five steps": lambda saved: moment(saved, "step", torch.zeros(5)),
