@@ -24,7 +24,6 @@ from test_optim import Poison
 import train
 from checkpoints import read_checkpoint
 from training import optim, runs
-from training.flags import expand
 from training.world import World
 
 DEFAULT = f"--segments 2 {VIT} --data-size 64 --batch-size 32 --epochs 1"  # no --task: pre-train, then probe
@@ -588,14 +587,14 @@ def test_words_of_a_recipe_keep_backslashes_quotes_and_signs(tmp_path):
         "  # only a comment\n\n"
         "\ttab\r\n")
     words = ["--data-path", "C:\\Users\\me\\set", "my data", "--name=it's", "set#1", "a\\", "", "tab"]
-    assert expand(["first", f"@{tmp_path / 'r.txt'}", "last"]) == ["first", *words, "last"]
+    assert train.find_task(["first", f"@{tmp_path / 'r.txt'}", "last"])[2] == ["first", *words, "last"]
 
 
 def test_recipes_may_include_one_another(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("a.txt").write_text("--depth 2\n@b.txt\n--seed 1\n")
     Path("b.txt").write_text("--lr 3\n")
-    assert expand(["@a.txt", "@b.txt"]) == "--depth 2 --lr 3 --seed 1 --lr 3".split()
+    assert train.find_task(["@a.txt", "@b.txt"])[2] == "--depth 2 --lr 3 --seed 1 --lr 3".split()
 
 
 # ---------------------------------------------------------------------------- flags
@@ -604,7 +603,7 @@ def test_recipes_may_include_one_another(tmp_path, monkeypatch):
 BOUNDS = ["--depth 2147483648", "--depth 100000", "--embed-dim 9223372036854775807", f"--data-size {'9' * 400}",
           "--data-size 1000000000000", "--epochs 100000000000", "--batch-size 99999999999", "--img-size 1000000",
           "--lr 1e300", "--lr 1e-300", "--blr 1e300", "--min-lr 1e39", "--warmup-epochs 1e10", "--weight-decay 1e38",
-          "--clip-grad 1e300", "--layer-decay 1e300", "--layer-decay 255", "--workers 2147483648",
+          "--clip-grad 1e300", "--layer-decay 1e300", "--crop-ratio 1e-30", "--layer-decay 255", "--workers 2147483648",
           "--save-minutes 1e300", "--eval-every 9999999999999", "--mixup 1e-300", "--mixup 1e300", "--cutmix inf",
           "--optimizer sam --rho 1e39", "--tflops 1e300", "--train-images 99999999999999999999",
           f"--seed {'9' * 5000}"]

@@ -16,16 +16,17 @@ QUOTED = r"""\"[^"]*"|'[^']*'"""
 CODE = re.compile(rf"""(?:[^"'#]+|(?<=\S)\#|{QUOTED})*""")  # a line up to its comment
 WORD = re.compile(rf"""(?:[^\s"']+|{QUOTED})+""")
 LONGEST_RECIPE = 100_000  # bytes
-LARGEST = {  # where the types below allow more than a machine can hold
-    "depth": 1000,
-    "decoder_depth": 1000,
-    "embed_dim": 100_000,
-    "decoder_embed_dim": 100_000,
-    "channels": 100_000,
-    "img_size": 10_000,
-    "data_size": 10**7,
-    "epochs": 10**6,
-    "layer_decay": 1,
+RANGES = {  # where the types below allow more than a machine can hold
+    "depth": (1, 1000),
+    "decoder_depth": (1, 1000),
+    "embed_dim": (1, 100_000),
+    "decoder_embed_dim": (1, 100_000),
+    "channels": (1, 100_000),
+    "img_size": (1, 10_000),
+    "data_size": (1, 10**7),
+    "epochs": (1, 10**6),
+    "layer_decay": (0, 1),
+    "crop_ratio": (0.05, 1),
 }
 RENAMED = {"--loss": "--task contrast for supcon, --task classify for cross-entropy"}  # flags of earlier versions
 
@@ -129,10 +130,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         given, unknown = super().parse_known_args(args, namespace)
-        for name, largest in LARGEST.items():
+        for name, (low, high) in RANGES.items():
             value = getattr(given, name, None)
-            if value is not None and max(value if isinstance(value, list) else [value]) > largest:
-                raise ValueError(f"--{name.replace('_', '-')} {value} must be at most {largest:,}")
+            numbers = value if isinstance(value, list) else [value]
+            if value is not None and not low <= min(numbers) <= max(numbers) <= high:
+                raise ValueError(f"--{name.replace('_', '-')} {value} must lie between {low} and {high:,}")
         return given, unknown
 
     def error(self, message):
