@@ -48,10 +48,12 @@ def hessian_max_eigenvalue(model, loss_fn, params=None, iters=100, tol=1e-3, see
     """The Hessian's eigenvalue of largest magnitude, with its sign; one double backward pass per iteration.
 
     It stops when |H v - lambda v| <= tol |lambda| and the other end of the spectrum cannot be larger. After
-    `iters` iterations it warns and returns what it has, never beyond the true magnitude. Memory: some 180
-    bytes per weight, besides the graph of one micro-batch.
+    `iters` iterations it warns and returns what it has, never beyond the true magnitude.
     """
     chosen = select(model, params)
+    if any(type(module).__name__ == "_WeightNorm" for module in model.modules()):
+        raise ValueError("torch's weight norm has a wrong second derivative; fold it into the weights first, by "
+                         "torch.nn.utils.parametrize.remove_parametrizations")
     with measuring(model, chosen), torch.enable_grad():
         product = hessian_vector_product(as_list(loss_fn), chosen)
         # float64: dot products of a million fp32 numbers lose 1e-3
@@ -332,8 +334,7 @@ def as_list(x):
 
 
 def mean_loss(loss_fn):
-    losses = [float(f()) for f in as_list(loss_fn)]
-    return sum(losses) / len(losses)
+    return sum(float(f()) for f in as_list(loss_fn)) / len(as_list(loss_fn))
 
 
 def normal_like(params, generator):
@@ -406,10 +407,9 @@ if __name__ == "__main__":
             return nn.functional.cross_entropy(net(x), y)
 
         for _ in range(600):
-            loss_fn().backward()
-            optimizer.first_step(zero_grad=True)
-            loss_fn().backward()
-            optimizer.second_step(zero_grad=True)
+            for half in (optimizer.first_step, optimizer.second_step):
+                loss_fn().backward()
+                half(zero_grad=True)
 
         top = hessian_max_eigenvalue(net, loss_fn)
         gap = average_flatness(net, loss_fn, sigma=0.05).gap

@@ -337,9 +337,9 @@ def start(args):
     world = World(args.device)
     try:
         check_folder(args, world)
+        if args.eval_only:
+            return judge(args, TASKS[args.task], world, Run(args, world, args.output_dir))
         with Stop() as stop, Run(args, world, args.output_dir) as run:
-            if args.eval_only:
-                return judge(args, TASKS[args.task], world, run)
             line = fit(args, TASKS[args.task], world, run, stop)
             if getattr(args, "then_probe", False):
                 probe_both(args, line, world, stop, run.folder)

@@ -93,7 +93,11 @@ def build(args, data, world):
     nn.init.zeros_(head.bias)
     encoder.head = nn.Sequential(nn.BatchNorm1d(encoder.num_features, affine=False, eps=1e-6), head)
     if data.weights:
-        encoder.load_state_dict(data.weights)
+        try:
+            encoder.load_state_dict(data.weights)
+        except RuntimeError as error:
+            raise ValueError(f"the checkpoint's weights are not of this probe ({str(error).splitlines()[0]}); resume "
+                             "with its own flags") from None
     if data.train is None or args.style == "mae":
         return encoder
     if len(data.train) < 2:

@@ -633,3 +633,11 @@ def test_inference_mode_is_refused_with_the_way_out():
     model, x = nn.Linear(3, 1), torch.randn(5, 3)
     with torch.inference_mode(), pytest.raises(ValueError, match="no_grad"):
         hessian_max_eigenvalue(model, lambda: model(x).square().mean())
+
+
+def test_weight_norm_whose_second_derivative_torch_gets_wrong_is_refused():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 8)), nn.Tanh(), nn.Linear(8, 3))
+    with pytest.raises(ValueError, match="remove_parametrizations"):
+        hessian_max_eigenvalue(model, lambda: model(torch.ones(2, 4)).square().mean())
+    nn.utils.parametrize.remove_parametrizations(model[0], "weight")
+    assert hessian_max_eigenvalue(model, lambda: model(torch.ones(2, 4)).square().mean()) > 0
