@@ -30,6 +30,7 @@ def batches(data, size):
 # ---------------------------------------------------------------------------- from scratch
 
 
+@pytest.mark.slow
 def test_a_tiny_vit_overfits_64_images(tmp_path):
     flags = f"--task classify {VIT} --data-size 64 --batch-size 32 --epochs 70 --augment none --lr 3e-3"
     start(f"{flags} --eval-every 70", tmp_path)

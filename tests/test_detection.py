@@ -112,6 +112,7 @@ def test_a_beit_that_does_not_fit_the_flags_is_named(tmp_path, capsys, options, 
     assert word in error and "beit.pth" in error
 
 
+@pytest.mark.slow
 def test_a_detector_is_resumed_without_the_file_it_started_from(tmp_path, monkeypatch):
     file = beit_file(tmp_path / "beit.pth")
     start(f"{DETECT} --init {file}", tmp_path / "whole")
@@ -132,6 +133,7 @@ def test_detection_without_pycocotools_stops_before_it_trains(tmp_path, monkeypa
     assert "pip install pycocotools" in error and not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_training_images_alone_are_evaluated_with_eval_train(tmp_path, monkeypatch):
     judged_images = []
     evaluate = train.TASKS["detect"].evaluate
@@ -152,6 +154,7 @@ def test_jitter_of_photographs_has_a_default_and_can_be_turned_off(flags, jitter
     assert args.jitter == jitter
 
 
+@pytest.mark.slow
 def test_jitter_that_is_off_stays_off_when_the_run_is_resumed(tmp_path, finished, monkeypatch):
     killed(monkeypatch, 1, f"{DETECT} --jitter 0 0", tmp_path)
     start("--resume", tmp_path)

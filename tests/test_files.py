@@ -97,6 +97,7 @@ def test_what_is_no_image_file_is_named_and_does_not_hang(tmp_path, make):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.slow
 def test_warnings_of_pil_do_not_stand_beside_the_sentence(tmp_path):
     quarters(30, 30).save(tmp_path / "a.png")
     code = "import sys; from files import Image, read_image; Image.MAX_IMAGE_PIXELS = 600; read_image(sys.argv[1])"

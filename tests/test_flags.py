@@ -428,6 +428,7 @@ def test_a_mistake_can_be_corrected_and_run_again_in_the_same_folder(litter, tmp
     start(f"{CLASSIFY} --init {litter / 'good.pt'}", tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_from_the_shell_a_mistake_is_one_line_without_traceback(tmp_path):
     done = shell("--task pretrain --img-size 30 --patch-size 4", tmp_path)
     assert done.returncode == 2 and done.stdout == ""

@@ -272,6 +272,7 @@ def test_a_refused_decoder_leaves_the_encoder_as_it_was():
 # ---------------------------------------------------------------------------- learning
 
 
+@pytest.mark.slow
 def test_it_overfits_a_few_images():
     torch.manual_seed(0)
     model = MAE(

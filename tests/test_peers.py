@@ -28,6 +28,7 @@ def test_a_step_of_a_detector_leaves_gradients(job):
     test_a_step_leaves_gradients(job)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", ["vit", "mixer", "swin", "mae"])
 def test_peers_do_the_same_work(job):
     pytest.importorskip(peers.PACKAGES[job])

@@ -116,6 +116,7 @@ def test_the_last_image_of_a_validation_set_is_not_left_without_a_partner(tmp_pa
     assert math.isfinite(log(tmp_path)[-1]["val_loss"])
 
 
+@pytest.mark.slow
 def test_mixmim_without_a_task_pretrains_and_probes_also_its_ablations(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     start(f"--method mixmim --model mixmim_demo {HIERARCHICAL} --fill mask --data-size 64 --batch-size 8 --epochs 1")

@@ -142,6 +142,7 @@ def test_every_file_has_its_place_in_a_layer():
     assert set(CONCEPTS) == {*IDEAS, *DATA}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", MODULES)
 def test_every_file_imports_without_a_deprecation_warning(outcomes, module):
     assert f"import {module}" not in outcomes, outcomes[f"import {module}"]

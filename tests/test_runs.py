@@ -106,6 +106,7 @@ def test_the_default_run_ends_with_a_summary_and_numbers_its_folders(default_run
     assert str(folder / "reconstruction.png") in out
 
 
+@pytest.mark.slow
 def test_a_set_smaller_than_the_probes_batch_is_probed_too(tmp_path):
     start(f"--segments 2 {TINY}", tmp_path)
     assert "val_acc" in log(tmp_path / "probe")[-1]

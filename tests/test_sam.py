@@ -624,6 +624,7 @@ def test_batchnorm_in_eval_mode_or_without_statistics_is_left_alone():
         assert still.track_running_stats and not bare.track_running_stats
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_stepped_like_the_plain_one_without_a_warning():
     a, b, (x, y) = bn_model(), bn_model(), batch()
     compiled = torch.compile(b, backend="eager")
