@@ -220,6 +220,18 @@ class Fit(v2.Resize):
         return v2.functional.resize(inpt, size, antialias=True)
 
 
+def evaluation_transform(size, mean, std):
+    """uint8 image -> the shorter side as the smaller of size, the longer at most four times that; normalized."""
+    shorter = min(size)
+    return v2.Compose(
+        [
+            Fit(shorter, max_size=max(4 * shorter, max(size)), antialias=True),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(mean, std),
+        ]
+    )
+
+
 class Segmentations(Dataset):
     """(epoch, index) -> (normalized image float (3, H, W), labels int64 (h, w)).
 
@@ -255,8 +267,7 @@ class Segmentations(Dataset):
         if not 1 <= low <= high:
             raise ValueError(
                 f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
-                f"least a "
-                f"pixel of {shorter}; try (0.5, 2.0)"
+                f"least a pixel of {shorter}; try (0.5, 2.0)"
             )
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
@@ -276,10 +287,7 @@ class Segmentations(Dataset):
                 ]
             )
         else:
-            longest = max(4 * shorter, max(size))
-            self.transform = v2.Compose(
-                [Fit(shorter, max_size=longest, antialias=True), to_float, normalize]
-            )
+            self.transform = evaluation_transform(size, mean, std)
 
     def __len__(self):
         return len(self.indices)

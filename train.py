@@ -32,12 +32,12 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from data import EvalBatches, TrainBatches, make_loader
+from data import TrainBatches, make_loader
 from tasks import classify, contrast, detection, pretrain, probe, segmentation
 from training import optim, sources
 from training.costs import check_installation, dry_run
 from training.flags import Parser, expand, path, refuse
-from training.judge import judge
+from training.judge import judge, validation_loader
 from training.optim import lr_at, plan_steps
 from training.runs import Run, check_folder, run_flags, same_flags, saved_flags, summary
 from training.world import Stop, World, lost_process
@@ -84,7 +84,8 @@ def fit(args, task, world, run, stop):
 
     # steps, batches, optimizer
     plan = plan_steps(args, 0 if data.fitted else len(data.train), world.size)
-    batches, loader, val_loader = make_loaders(args, data, plan, world)
+    batches, loader = training_loader(args, data, world)
+    val_loader = validation_loader(args, data, world)
     optimizer = optim.build_optimizer(learner, args)
     sam = args.optimizer == "sam"
     statistics = optim.batch_statistics(learner)
@@ -174,8 +175,7 @@ def fit(args, task, world, run, stop):
         seconds = time.monotonic() - clock
         train_loss = at.loss_sum / at.loss_count if at.loss_count else math.nan
         lr = lr_at(at.step - 1, plan, args)  # again: an epoch may have no steps left
-        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=train_loss, lr=lr)
-        at.line["img_s"] = images / seconds
+        at.line = dict(epoch=epoch + 1, step=at.step, train_loss=train_loss, lr=lr, img_s=images / seconds)
         at.line["data_share"] = waited / seconds
         at.line["bad_steps"] = at.bad_steps
         at.line |= sources.skipped_images(data)
@@ -221,15 +221,11 @@ def agree(shares, norm, stop, world):
     return loss, total / world.size, faults > 0, signals > 0
 
 
-def make_loaders(args, data, plan, world):
-    """-> this rank's share of the training batches, their loader, and the loader for evaluation or None."""
+def training_loader(args, data, world):
+    """-> this rank's share of the training batches, and their loader."""
     workers = 0 if data.learner else world.workers(args)  # features in memory need no loading
-    batches = TrainBatches(len(data.train), plan.batch_size, args.seed, world.rank, world.size)
-    loader = make_loader(data.train, batches, workers, world.device, data.collate)
-    if data.val is None:
-        return batches, loader, None
-    val_batches = EvalBatches(len(data.val), plan.batch_size, world.rank, world.size, data.smallest)
-    return batches, loader, make_loader(data.val, val_batches, workers, world.device, data.val_collate)
+    batches = TrainBatches(len(data.train), args.batch_size, args.seed, world.rank, world.size)
+    return batches, make_loader(data.train, batches, workers, world.device, data.collate)
 
 
 @contextmanager

@@ -33,12 +33,12 @@ from typing import Callable
 
 import torch
 from torch.utils.data import Dataset
-from torchvision.transforms import v2
 
+import semantic
 from checkpoints import read_checkpoint
 from data import augmentation
 from files import to_rgb
-from semantic import Fit
+from training.runs import evaluated_weights
 from vit import ViT
 
 MODULES = {"pretrain": "pretrain", "classify": "classify", "probe": "probe", "contrast": "contrast",
@@ -79,7 +79,7 @@ class LoadedRun:
 
         # the model, without its data set
         self.task = import_module(f"tasks.{MODULES[self.args.task]}")
-        weights = evaluated_weights(saved, self.args.task)
+        weights = evaluated_weights(saved)
         data = Data(classes=self.classes, mean=self.args.mean, std=self.args.std, weights=weights)
         self.model = self.task.build(self.args, data, Silent(self.device))
         self.model.load_state_dict(weights)
@@ -140,16 +140,6 @@ class LoadedRun:
                 "its about.json")
 
 
-def evaluated_weights(saved, task):
-    """The weights that the run evaluated: where --ema kept a moving average, that."""
-    learner = "head.1." if task == "probe" else ""  # the part that learns
-    average = {}
-    for name, value in (saved.get("ema") or {}).items():
-        if name.startswith("module."):
-            average[learner + name.removeprefix("module.")] = value
-    return {**saved["model"], **average}
-
-
 def as_tensor(image):
     """PIL or tensor -> uint8 (3, H, W)"""
     if not isinstance(image, torch.Tensor):
@@ -165,8 +155,7 @@ def evaluation_transform(args):
     if args.task == "detect":  # it resizes and normalizes by itself
         return to_unit
     if args.task == "segment":  # keeps the aspect ratio
-        resize = Fit(min(size), max_size=max(4 * min(size), max(size)), antialias=True)
-        return v2.Compose([resize, v2.ToDtype(torch.float32, scale=True), v2.Normalize(args.mean, args.std)])
+        return semantic.evaluation_transform(size, args.mean, args.std)
     return augmentation("none", size, args.mean, args.std, getattr(args, "crop_ratio", None))  # older runs: None
 
 

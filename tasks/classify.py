@@ -12,10 +12,10 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from data import Images, augmentation
-from robust import corruption_accuracy, fgsm, mean_accuracy, pgd
-from sam import batchnorm_held
 from files import read_text
 from formats import convert, flat_tensors
+from robust import corruption_accuracy, fgsm, mean_accuracy, pgd
+from sam import batchnorm_held
 from tasks import Data
 from training import encoders, pictures, sources
 from training.encoders import read_init

@@ -35,18 +35,15 @@ def complete(args):
     args.channels = args.channels or (64 if args.heads == "small" else 512)
     if args.norm == "batch" and args.batch_size == 1:
         raise ValueError("--batch-size 1 leaves --norm batch nothing to average over in the coarsest pooled map; "
-                         "take "
-                         "--norm group or at least 2")
+                         "take --norm group or at least 2")
     if args.jitter is None and args.data != "shapes":
         args.jitter = [0.5, 2.0]
     if args.jitter == [0, 0] and args.data != "shapes":
         raise ValueError("--jitter 0 0 leaves images of different sizes, which do not stack; take --jitter 1 1 for "
-                         "crops "
-                         "without rescaling")
+                         "crops without rescaling")
     if args.slide is not None and args.slide[1] > args.slide[0]:
         raise ValueError(f"--slide {args.slide[0]} {args.slide[1]} must be window and step, the step at most the "
-                         f"window, "
-                         "such as 512 341")
+                         "window, such as 512 341")
 
 
 def open_data(args, world):

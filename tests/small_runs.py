@@ -85,6 +85,15 @@ def refused(flags, capsys, folder=None, before_training=True):
     return error
 
 
+def refusal(call, *args, **kwargs):
+    """The message of the ValueError; it is one sentence (one line, no full stop inside)."""
+    with pytest.raises(ValueError) as caught:
+        call(*args, **kwargs)
+    message = str(caught.value)
+    assert "\n" not in message and ". " not in message, message
+    return message
+
+
 def built(flags):
     """Flags -> args, task, data and the model as a run of them starts."""
     args = train.parse(flags.split())
@@ -213,3 +222,10 @@ def killed(monkeypatch, number, flags, folder, after=True):
         except Killed:
             return
     raise AssertionError("the run ended before it could be killed")
+
+
+def interrupted_run(flags, folder):
+    """A run that is killed after its first save -> its folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        killed(patch, 1, flags, folder)
+    return folder

@@ -17,6 +17,7 @@ from formats import flat_tensors
 from mae import MAE
 from mirl import MIRL
 from mixmim import HierarchicalViT
+from small_runs import refusal
 from vit import ViT
 
 SIZES = dict(patch_size=4, embed_dim=16, depth=2, num_heads=2)
@@ -147,15 +148,6 @@ def bicubic(rows, old, new):
 def save(folder, file, name="file.pth"):
     torch.save(file, folder / name)
     return folder / name
-
-
-def refusal(call, *args, **kwargs):
-    """The message of the ValueError; it is one sentence (one line, no full stop inside)."""
-    with pytest.raises(ValueError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and ". " not in message, message
-    return message
 
 
 # ---- convert_official, layout by layout

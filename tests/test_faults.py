@@ -18,13 +18,12 @@ import pytest
 import torch
 from small_runs import (
     CLASSIFY, PRETRAIN, RESNET, ROOT, SEGMENT, VIT, assert_same_bits, assert_same_run, checkpoint, command,
-    environment, epochs, inventory, killed, log, on_each_loss, position, refused, start, weights)
+    environment, epochs, interrupted_run, inventory, killed, log, on_each_loss, position, refused, start, weights)
 from test_optim import Poison
 
 import train
 from checkpoints import read_checkpoint
 from training import optim, runs
-from training.world import World
 
 DEFAULT = f"--segments 2 {VIT} --data-size 64 --batch-size 32 --epochs 1"  # no --task: pre-train, then probe
 SHORT = f"--task classify {VIT} --batch-size 8 --data-size 24 --epochs 2"  # 3 steps an epoch
@@ -54,10 +53,7 @@ def edit_args(folder, **values):
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A run of two epochs of which one is trained; for reading only."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        killed(patch, 1, SHORT, folder)
-    return folder
+    return interrupted_run(SHORT, tmp_path_factory.mktemp("interrupted"))
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from formats import convert, convert_official
 from mirl import MIRL
 from mixer import Mixer
 from resnet import create_resnet
+from small_runs import refusal
 from vit import ViT
 
 SIZES = dict(img_size=16, patch_size=4, embed_dim=16, depth=2, num_heads=2, num_classes=5)
@@ -36,14 +37,6 @@ def images(size=16):
 def assert_same_outputs(model, peer, size=16):
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(images(size)), peer(images(size)), rtol=0, atol=1e-5)
-
-
-def refusal(call, *args, **kwargs):
-    with pytest.raises(ValueError) as caught:
-        call(*args, **kwargs)
-    message = str(caught.value)
-    assert "\n" not in message and ". " not in message, message
-    return message
 
 
 # ---- JAX

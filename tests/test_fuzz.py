@@ -20,7 +20,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from small_runs import VIT, inventory, killed
+from small_runs import VIT, interrupted_run, inventory
 
 import schema
 import train
@@ -349,10 +349,7 @@ RUN = f"--task classify {VIT} --batch-size 8 --data-size 24 --epochs 2 --ema 0.9
 @pytest.fixture(scope="module")
 def interrupted(tmp_path_factory):
     """A run of two epochs of which one is trained."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    with pytest.MonkeyPatch.context() as patch:
-        killed(patch, 1, RUN, folder)
-    return folder
+    return interrupted_run(RUN, tmp_path_factory.mktemp("interrupted"))
 
 
 @sizes(120, 1000)

@@ -4,11 +4,13 @@ import pytest
 import torch
 from PIL import Image
 from small_runs import (
-    CLASSIFY, DETECT, MIXMIM, PRETRAIN, PROBE, SEGMENT, VIT, epochs, inventory, refused, start, weights)
+    CLASSIFY, DETECT, MIXMIM, PRETRAIN, PROBE, SEGMENT, VIT, assert_same_bits, checkpoint, epochs, inventory, refused,
+    start, weights)
 
 import train
 from data import Folder, augmentation
 from shapes import CLASSES, Shapes
+from tasks import load_run
 from vit import create_vit
 
 SIZES = dict(embed_dim=32, depth=2, num_heads=2, patch_size=8)
@@ -29,6 +31,7 @@ def write_scenes(root, names, each=3):
 
 RUNS = {
     "pretrain": PRETRAIN, "mixmim": MIXMIM, "classify": CLASSIFY, "ema": f"{CLASSIFY} --ema 0.9", "probe": PROBE,
+    "probe by batches": f"--task probe --style mae {VIT} --data-size 64 --batch-size 16 --epochs 1 --ema 0.9",
     "lbfgs": f"--task probe {VIT} --data-size 64", "detect": DETECT, "segment": SEGMENT,
 }
 
@@ -47,6 +50,14 @@ def test_a_finished_run_is_judged_to_the_figures_of_its_log(finished, name):
     for key in shared:
         if last[key] is not None:
             assert figures[key] == pytest.approx(last[key], rel=2e-4), key
+
+
+@pytest.mark.parametrize("name", ["ema", "probe by batches"])
+def test_a_loaded_run_has_the_weights_that_were_evaluated(finished, name):
+    folder = finished(RUNS[name])
+    average = checkpoint(folder)["ema"]
+    assert_same_bits(load_run(folder).model.state_dict(),
+                     {key.removeprefix("module."): average[key] for key in average if key.startswith("module.")})
 
 
 def test_another_set_is_normalized_as_the_run_was_and_a_part_of_the_classes_competes_alone(finished, tmp_path):

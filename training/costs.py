@@ -97,7 +97,7 @@ def dry_run(args, task, world):
     plan = plan_steps(args, 0 if style == "lbfgs" else images, world.size)
     seen = images if style in ("lbfgs", "adamw") else plan.total_steps * plan.effective  # features once
     rate = args.tflops * 1e12 / (2 * macs * passes)
-    hours = 2 * macs * passes * seen / (args.tflops * 1e12) / 3600
+    hours = seen / rate / 3600
 
     # memory: weights, and per trainable weight a gradient, two moments, SAM's copy
     total = sum(p.numel() for p in model.parameters())

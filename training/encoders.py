@@ -171,8 +171,7 @@ def published_sizes(args, options):
     args.patch_size = args.patch_size or patch_size
     if patch_size != args.patch_size:
         raise ValueError(f"--init {args.init} has patches of {patch_size} pixels, --patch-size is "
-                         f"{args.patch_size}; use "
-                         f"--patch-size {patch_size}")
+                         f"{args.patch_size}; use --patch-size {patch_size}")
     if "img_size" in options:
         options["img_size"] = list(options["img_size"])
     dense = args.task in ("detect", "segment")
@@ -198,8 +197,7 @@ def complete(args, skip=()):
         args.stride = encoder.stride  # pixels per token of the last stage
     elif getattr(args, "layer_decay", None) not in (None, 1.0):
         raise ValueError(f"--layer-decay {args.layer_decay:g} belongs to ViT, HierarchicalViT or Mixer, not to "
-                         f"ResNet; "
-                         "drop it")
+                         "ResNet; drop it")
     if isinstance(encoder, (vit.ViT, mixer.Mixer)):
         args.depth = len(encoder.blocks)
     if isinstance(encoder, vit.ViT):

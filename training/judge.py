@@ -8,9 +8,9 @@ Needs: torch; data.py.
 """
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 from data import EvalBatches, make_loader
+from training.runs import evaluated_weights
 
 
 def judge(args, task, world, run):
@@ -27,20 +27,24 @@ def judge(args, task, world, run):
     # the model as it was evaluated
     data.weights, data.final = run.weights, True
     model = task.build(args, data, world).to(world.device)
-    judged = data.learner(model) if data.learner else model
     if run.saved is not None:
-        judged = run.load(model, judged, AveragedModel(judged) if args.ema else None)
+        model.load_state_dict(evaluated_weights(run.saved))
+    judged = data.learner(model) if data.learner else model
     judged.eval()
-
-    # every image once
-    workers = 0 if data.learner else world.workers(args)
-    batches = EvalBatches(len(data.val), args.batch_size, world.rank, world.size, data.smallest)
-    loader = make_loader(data.val, batches, workers, world.device, data.val_collate)
     with torch.no_grad(), world.autocast(args.precision):
-        line = task.evaluate(judged, loader, args, data, world)
+        line = task.evaluate(judged, validation_loader(args, data, world), args, data, world)
     line = {**line, "val_images": line.get("val_images", len(data.val))}
     world.say("  " + ", ".join(f"{name} {value:.6g}" for name, value in line.items()))
     return line
+
+
+def validation_loader(args, data, world):
+    """This rank's share of the validation set, every image once; None where there is no set."""
+    if data.val is None:
+        return None
+    workers = 0 if data.learner else world.workers(args)  # features in memory need no loading
+    batches = EvalBatches(len(data.val), args.batch_size, world.rank, world.size, data.smallest)
+    return make_loader(data.val, batches, workers, world.device, data.val_collate)
 
 
 def check(args, run):

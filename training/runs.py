@@ -122,14 +122,6 @@ class Run:
             if isinstance(self.saved.get("args"), dict):
                 same_flags(args, self.saved["args"], "its checkpoint's")
 
-    def load(self, model, learner, ema):
-        """The finished run's weights into model -> what was evaluated: the learner, or the average of its weights."""
-        model.load_state_dict(self.saved["model"])
-        if ema is None:
-            return learner
-        ema.load_state_dict(self.saved["ema"])
-        return ema.module
-
     @property
     def weights(self):
         """The saved model, for build: None at a fresh start."""
@@ -338,6 +330,17 @@ def write_whole(path, write):
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
+
+
+def evaluated_weights(saved):
+    """The weights that a run evaluated, from its checkpoint: where --ema kept a moving average, that."""
+    probe = saved["args"]["task"] == "probe" and saved["args"].get("style") != "mae"
+    learner = "head.1." if probe else ""  # the part that learns
+    average = {}
+    for name, value in (saved.get("ema") or {}).items():
+        if name.startswith("module."):
+            average[learner + name.removeprefix("module.")] = value
+    return {**saved["model"], **average}
 
 
 def check_weights(saved, model):
