@@ -4,6 +4,7 @@
     python experiments/claims.py mixmim-fill --data cifar10 --data-path DATA   train, measure, compare, judge
     python experiments/claims.py detect-init --first-seed 100 --seeds 1 --override "--lr 2e-3"     a pilot
     python experiments/claims.py report --write docs/results.md                what the committed results say
+    python experiments/claims.py headlines --write README.md                   the first lines of it
 
     common     flags of every arm's first run, where the arm does not replace them
     arms       name -> flags of that run; or (flags or None, flags of what follows it)
@@ -12,6 +13,7 @@
     figures    name -> where it is: "val_loss" of the first run, "probe.val_acc", "detect.box_ap mean"
     measure    a function for what no log holds (measures.py)
     expects    sentence -> (effect, unit, smallest effect that matters)
+    headlines  so many of them are what the paper is known for (default 1)
     protocol   what was fixed before the seeds that judge were run; pilots have seeds from 100 on
     cost       of one seed, on one core
 
@@ -217,6 +219,7 @@ CLAIMS["sam-accuracy"] = dict(
         "SAM helps the ViT more with 1,000 images than with 4,000": minus(gain("ViT", 1000), gain("ViT")),
         "SAM helps the Mixer more with 1,000 images than with 4,000": minus(gain("Mixer", 1000), gain("Mixer")),
     },
+    headlines=2,
     cost="45 minutes",
 )
 
@@ -231,9 +234,9 @@ CLAIMS["sam-geometry"] = dict(
     measure=measures.sharpness,
     shown=("lambda", "gap to L_N", "rise of the loss", "active first %"),
     expects={
-        "SAM lowers the ResNet's lambda": doublings("lambda", "ResNet", "ResNet + SAM"),
         "SAM lowers the ViT's lambda": doublings("lambda", "ViT", "ViT + SAM"),
         "SAM lowers the Mixer's lambda": doublings("lambda", "Mixer", "Mixer + SAM"),
+        "SAM lowers the ResNet's lambda": doublings("lambda", "ResNet", "ResNet + SAM"),
         "SAM's lambda is below that of the ViT stopped early": stopped("ViT"),
         "SAM's lambda is below that of the Mixer stopped early": stopped("Mixer"),
         "the ViT's lambda is above the ResNet's": doublings("lambda", "ViT", "ResNet"),
@@ -250,6 +253,7 @@ CLAIMS["sam-geometry"] = dict(
         "SAM makes the ViT's weights longer": ahead("weight norm", "ViT + SAM", "ViT", "of length", 0.6),
         "SAM makes fewer neurons active in the ViT's first block": lower("active first %", "ViT", "points", 1.0),
     },
+    headlines=2,
     cost="30 minutes beside sam-accuracy",
 )
 
@@ -393,57 +397,65 @@ def run(name, flags):
     lab.draw(folder / f"{name}.png", name, claim, rows)
 
 
-def protocols(name, folder):
-    """{(data, times, is it the claim's present protocol?): rows}; tests and pilots are left out."""
+def present(name, folder):
+    """{(data, times): rows} by the claim's present protocol; pilots, tests and older protocols are left out."""
     groups = {}
     for row in read_rows(folder / f"{name}.jsonl", lab.KEYS):
-        if row.get("tiny") or row.get("overrides"):
+        if row["arm"] not in CLAIMS[name]["arms"]:
             continue
-        present = False
-        if "times" in row and row["arm"] in CLAIMS[name]["arms"]:
-            same_lab = lab.Lab("runs", row["data"], "DATA", row["seed"], row["times"])
-            plan = same_lab.plan(CLAIMS[name], row["arm"])
-            present = row["commands"] == [lab.command(words) for _, words in plan]
-        times = row.get("times", row.get("budget", 10) / 10)  # older rows have minutes instead
-        groups.setdefault((row["data"], times, present), []).append(row)
+        same_lab = lab.Lab("runs", row["data"], "DATA", row["seed"], row["times"])
+        plan = same_lab.plan(CLAIMS[name], row["arm"])
+        if row["commands"] == [lab.command(words) for _, words in plan]:
+            groups.setdefault((row["data"], row["times"]), []).append(row)
     return groups
 
 
-def report(folder):
-    """Markdown: per claim its verdicts, arms, figure and protocol; then what was not run."""
-    parts, missing = [], []
+def headlines(folder):
+    """Markdown: the first statements of each claim that was run, those that the paper is known for."""
+    lines = []
     for name, claim in CLAIMS.items():
-        groups = protocols(name, folder)
+        for (_, times), rows in present(name, folder).items():
+            longer = "" if times == 1 else f", {times:g} times as long"
+            for text, verdict, effect, _ in lab.judged(claim, rows)[:claim.get("headlines", 1)]:
+                seeds = len(lab.by_seed(claim, rows))
+                lines.append([text + longer, verdict, effect, str(seeds), f"[{name}](docs/results.md#{name})"])
+    return lab.markdown(["statement", "here", "effect ± interval", "seeds", "more"], lines)
+
+
+def report(folder):
+    """Markdown: headlines; per claim its figure, verdicts, arms and protocol; then what was not run."""
+    parts, missing = [headlines(folder).replace("docs/results.md", "")], []
+    for name, claim in CLAIMS.items():
+        groups = present(name, folder)
         if not groups:
             missing.append(f"- `python experiments/claims.py {name}`, {claim['cost']} a seed: {claim['says']}")
             continue
-        parts.append(f"### {name}\n\n{claim['paper']}: {claim['says']}.")
-        for (data, times, present), rows in groups.items():
-            parts.append(section(name, claim, data, times, present, rows))
+        parts.append(f"### {name}\n\n**{claim['paper']}: {claim['says']}.**")
         if (folder / f"{name}.png").exists():
             parts.append(f"![{name}](../experiments/results/{name}.png)")
-    if not parts:
+        parts += [section(name, claim, *group, rows) for group, rows in groups.items()]
+    if len(parts) == 1:
         raise ValueError(f"--results {folder} holds no results of a claim; run one and give its --output-dir")
     return "\n\n".join([*parts, "### Exercises: not run by us yet", "\n".join(missing)])
 
 
-def section(name, claim, data, times, present, rows):
-    """One protocol of a claim: how it was run, verdicts, arms."""
+def section(name, claim, data, times, rows):
+    """What was run and what came out."""
     seeds, first = lab.by_seed(claim, rows), rows[0]
     minutes = sum(row["seconds"] + row["trained_before"] for row in rows if row["seed"] in seeds) / 60
     device = first.get("gpu") or f"{first['processor']}, {first['threads']} thread(s)"
     commits = sorted({row.get("commit", "unknown") for row in rows})
-    how = (f"{data}, {len(seeds)} seeds, {device}, torch {first['torch'].split('+')[0]}, {minutes:.0f} minutes, "
-           f"commit {', '.join(commits)}.")
-    lines = [f"By an earlier protocol, whose commands are in its rows, at {times:g} times its default length: {how}"]
-    if present:
-        options = "" if data == "shapes" else f" --data {data} --data-path DATA"
-        options += f" --times {times:g} --first-seed {min(seeds, default=0)} --seeds {len(seeds)}"
-        protocol = " ".join(claim.get("protocol", "none").split())
-        lines = [f"`python experiments/claims.py {name}{options}`: {how}", f"Protocol: {protocol}"]
-    if lab.verdicts(claim, rows):
-        lines.append(lab.verdict_table(claim, rows))
-    return "\n\n".join([*lines, lab.table(claim, rows, claim.get("shown"))])
+    options = "" if data == "shapes" else f" --data {data} --data-path DATA"
+    options += "" if times == 1 else f" --times {times:g}"
+    options += f" --first-seed {min(seeds, default=0)} --seeds {len(seeds)}"
+    return "\n\n".join([
+        lab.verdict_table(claim, rows),
+        lab.table(claim, rows, claim.get("shown")),
+        f"`python experiments/claims.py {name}{options}`: {len(seeds)} seeds, {minutes:.0f} minutes, {device}, "
+        f"torch {first['torch'].split('+')[0]}, commit {', '.join(commits)}. " + " ".join(claim["protocol"].split())])
+
+
+PAGES = {"report": report, "headlines": headlines}
 
 
 def fail(message):
@@ -454,7 +466,7 @@ def fail(message):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="claims.py", description=__doc__.split("\n\n")[0])
     parser.error, flag = fail, parser.add_argument
-    flag("names", nargs="+", choices=[*CLAIMS, "list", "report"], metavar="NAME", help="claims, or list, or report")
+    flag("names", nargs="+", choices=[*CLAIMS, *PAGES, "list"], metavar="NAME", help="claims, list, report, headlines")
     flag("--data", default="shapes", choices=("shapes", "cifar10", "cifar100", "folder"), help="as in train.py")
     flag("--data-path", help="where it is")
     flag("--seeds", type=int, default=5, help="how many (default: 5)")
@@ -464,8 +476,8 @@ def parse(argv):
     flag("--tiny", action="store_true", help="sizes for a test of the program: nothing is learned")
     flag("--output-dir", default="runs/claims", help="of results and figures (default: %(default)s)")
     flag("--runs", default="runs", help="of the training runs (default: %(default)s)")
-    flag("--results", default=RESULTS, type=Path, help="report: where the results are")
-    flag("--write", metavar="FILE", help="report: write between the marks in this file")
+    flag("--results", default=RESULTS, type=Path, help="of report and headlines: where the results are")
+    flag("--write", metavar="FILE", help="of report and headlines: write between the marks of this file")
     flags = parser.parse_args(argv)
     if flags.seeds < 1 or not 0 < flags.times < math.inf:
         fail(f"--seeds {flags.seeds} and --times {flags.times:g} must be above 0")
@@ -481,12 +493,12 @@ def main(argv=None):
             if name == "list":
                 for other, claim in CLAIMS.items():
                     print(f"{other:17} {claim['paper']}: {claim['says']} ({claim['cost']} a seed)")
-            elif name != "report":
+            elif name in CLAIMS:
                 run(name, flags)
             elif flags.write:
-                put_between(flags.write, MARKS, report(flags.results))
+                put_between(flags.write, MARKS, PAGES[name](flags.results))
             else:
-                print(report(flags.results))
+                print(PAGES[name](flags.results))
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1])
     except SystemExit as stopped:

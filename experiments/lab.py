@@ -320,33 +320,28 @@ def seeds_needed(effects, worth, most=1000):
 
 
 def by_seed(claim, rows):
-    """{seed: {arm: figures}} of the seeds that have all arms measured by any seed, in the claim's order."""
-    arms = [arm for arm in claim["arms"] if arm in {row["arm"] for row in rows}]
-    arms += [row["arm"] for row in rows if row["arm"] not in arms]  # of an earlier protocol
+    """{seed: {arm: figures}} of the seeds that have all arms."""
     seeds = {}
     for row in rows:
         seeds.setdefault(row["seed"], {})[row["arm"]] = row["figures"]
     complete = {}
     for seed in sorted(seeds):
-        if set(arms) <= set(seeds[seed]):
-            complete[seed] = {arm: seeds[seed][arm] for arm in arms}
+        if claim["arms"].keys() <= seeds[seed].keys():
+            complete[seed] = {arm: seeds[seed][arm] for arm in claim["arms"]}
     return complete
 
 
 def verdicts(claim, rows):
-    """[(statement, effects, verdict)]; statements on arms that the rows lack, of an earlier protocol, are left out."""
-    result = []
+    """[(statement, effects, verdict)]"""
+    result, seeds = [], by_seed(claim, rows)
     for text, values in claim["expects"].items():
         statement, effects = Statement(text, *values), []
-        for arms in by_seed(claim, rows).values():
+        for arms in seeds.values():
             try:
                 effects.append(float(statement.effect(arms)))
-            except TypeError:  # a figure is None
+            except (TypeError, KeyError):  # a figure is None, or was not measured
                 effects.append(math.nan)
-            except KeyError:
-                break
-        else:
-            result.append((statement, effects, judge(effects, statement.worth)))
+        result.append((statement, effects, judge(effects, statement.worth)))
     return result
 
 
@@ -380,17 +375,20 @@ def table(claim, rows, keys=None):
     return markdown(["arm", *keys], lines)
 
 
-def verdict_table(claim, rows):
-    """A line per statement: verdict, and effect ± half its interval."""
+def judged(claim, rows):
+    """Cells of a line per statement: its text, verdict, and effect ± half its interval."""
     lines = []
     for statement, effects, verdict in verdicts(claim, rows):
         effect, needed = spread(effects), seeds_needed(effects, statement.worth)
         if len(effects) > 1 and all(map(finite, effects)):
             effect = plus_minus(statistics.fmean(effects), reach(statistics.stdev(effects), len(effects)))
         more = f", {needed} seeds would decide" if verdict == "too noisy to say" and needed else ""
-        cells = [statement.text, f"**{verdict}**{more}", f"{effect} {statement.unit}", str(len(effects))]
-        lines.append([*cells, f"{statement.worth:g}"])
-    return markdown(["statement", "verdict", "effect ± interval", "seeds", "matters from"], lines)
+        lines.append([statement.text, f"**{verdict}**{more}", f"{effect} {statement.unit}", f"{statement.worth:g}"])
+    return lines
+
+
+def verdict_table(claim, rows):
+    return markdown(["statement", "verdict", "effect ± interval", "matters from"], judged(claim, rows))
 
 
 def draw(path, name, claim, rows):

@@ -1,12 +1,13 @@
 """Landscape: did training end in a wide minimum or in a sharp one?
 
-    python experiments/landscape.py runs/sam0 runs/sam1 runs/adamw0 --markdown --json figures.jsonl
+    python experiments/landscape.py runs/sam0 runs/sam1 runs/adamw0 --json figures.jsonl
 
 Takes runs of `train.py --task classify` (folders or checkpoint.pt), measures all in the same way, prints one table and
 saves one figure. The columns are explained under the table, the equations are in geometry.py. Runs must share data set,
-image size and classes, and are measured on the same images. Runs that differ only in their seed are one row: mean and
-sample standard deviation. Measured are the weights themselves, in fp32 and eval mode, also where --ema kept their
-average. Two calls give the same numbers. Corrupted and attacked images: train.py --eval-corruptions --eval-pgd.
+image size and classes, and are measured on the same images. Folders whose names differ only in digits at their end
+(sam0, sam1) are seeds of one row: mean and sample standard deviation. Measured are the weights themselves, in fp32 and
+eval mode, also where --ema kept their average. Two calls give the same numbers. Corrupted and attacked images:
+train.py --eval-corruptions --eval-pgd.
 
 Source: Chen, Hsieh, Gong 2022, arXiv 2106.01548, who compare ResNets, ViTs and Mixers by such figures.
 Needs: torch, torchvision, einops, tqdm (matplotlib for the figure); tasks/ and geometry.py.
@@ -31,12 +32,11 @@ import geometry
 from benchmarks.machine import append, spread
 from curves import pyplot
 from data import EvalBatches, make_loader
+from lab import markdown
 from tasks import load_run
-from training import runs
 from training.world import World
 
 BATCH = 256  # images at a time, where no weights are derived
-FREE = {*runs.MAY_DIFFER, "seed", "device", "download", "eval_every", "mean", "std"}  # may differ within a row
 SHARED = ("data", "data_size", "scenes", "img_size")  # must be the same in all runs
 
 COLUMNS = dict(params="params", train_loss="train loss", test_acc="test %", lambda_max="lambda", L_N="L_N", gap="gap",
@@ -66,7 +66,6 @@ def parse(argv=None):
     flag("--seed", help="of all directions and noise", type=int, default=0)
     flag("--output", help="the figure", default="landscape.png")
     flag("--json", help="append a line per checkpoint with all figures to this file")
-    flag("--markdown", help="print the table as Markdown", action="store_true")
     flags = parser.parse_args(argv)
     if flags.surface_steps % 2 == 0:
         fail(f"--surface-steps {flags.surface_steps} leaves out the weights themselves; use {flags.surface_steps + 1}")
@@ -95,25 +94,13 @@ def open_runs(paths, flags, device):
     return opened
 
 
-def group(opened):
-    """{label: indices of runs that differ only in FREE}. A label: model, optimizer, and the flags that differ."""
+def group(paths):
+    """{name: indices of its runs}. runs/sam0 and runs/sam1 are seeds of "sam", runs/0001 is a row of its own."""
     rows = {}
-    for i, run in enumerate(opened):
-        flags = {key: value for key, value in vars(run.args).items() if key not in FREE}
-        rows.setdefault(json.dumps(flags, sort_keys=True), []).append(i)
-    keys = [json.loads(key) for key in rows]
-    labels = {}
-    for own, members in zip(keys, rows.values()):
-        words = [own["model"], own["optimizer"]]
-        siblings = [other for other in keys if other["model"] == own["model"]]
-        for name in own:
-            differs = any(other.get(name) != own[name] for other in siblings)
-            if differs and name != "optimizer" and own[name] is not None:
-                words.append(f"{name}={own[name]}")
-        labels[" ".join(words)] = members
-        if len({opened[i].args.seed for i in members}) < len(members):
-            raise ValueError(f"two runs of {' '.join(words)} have the same seed; give one of them")
-    return labels
+    for i, path in enumerate(paths):
+        name = path.parent.name if path.name == "checkpoint.pt" else path.stem
+        rows.setdefault(name.rstrip("0123456789") or name, []).append(i)
+    return rows
 
 
 def open_data(run, flags):
@@ -123,8 +110,7 @@ def open_data(run, flags):
     if args.train_images and args.train_images < flags.images:
         raise ValueError(f"--images {flags.images} is more than the {args.train_images} of a run; take fewer")
     args.train_images, args.download = flags.images, None
-    data = run.task.open_data(args, World("cpu"))
-    return data
+    return run.task.open_data(args, World("cpu"))
 
 
 # ---------------------------------------------------------------------------- measurements
@@ -177,16 +163,11 @@ def cell(key, values, reach):
 
 def table(rows, measured, flags):
     keys = [key for key in COLUMNS if key in measured[0]]
-    lines = [["run", "seeds", *(COLUMNS[key] for key in keys)]]
+    lines = []
     for name, members in rows.items():
         cells = [cell(key, [measured[i][key] for i in members], flags.surface_radius) for key in keys]
         lines.append([name, str(len(members)), *cells])
-    if flags.markdown:
-        lines.insert(1, ["---", *["---:"] * (len(keys) + 1)])
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
-    return "\n".join(map("  ".join, lines))
+    return markdown(["run", "seeds", *(COLUMNS[key] for key in keys)], lines)
 
 
 LEGEND = """On {images} training images, not augmented: train loss, cross-entropy; lambda, the eigenvalue of largest
@@ -234,7 +215,7 @@ def main(argv=None):
         world = World(flags.device)
         paths = list(map(Path, flags.checkpoints))
         opened = open_runs(paths, flags, world.device)
-        rows = group(opened)
+        rows = group(paths)
         measured, surfaces = [], []
         for i, run in enumerate(tqdm(opened, leave=False, disable=None)):
             figures, surface = measure(run, open_data(run, flags), flags, world)

@@ -1,6 +1,7 @@
-"""Measures: what a claim asks of trained models beyond their logs. measure(lab, runs) -> {figure: number or curve}
+"""Measures: what a claim asks of trained models beyond their logs. measure(bench, runs) -> {figure: number or curve}
 
-runs  {"": [the arm's first run], and by name the runs that followed it}
+bench  lab.Lab of the seed
+runs   {"": [the arm's first run], and by name the runs that followed it}
 
 Needs: torch; lab.py, tasks/, geometry.py, masking.py.
 """
@@ -11,8 +12,9 @@ from argparse import Namespace
 import torch
 import torch.nn.functional as F
 
-import landscape  # first: it makes the concept files importable
+import lab  # first: it makes the concept files importable
 import geometry
+import landscape
 from masking import normalize_patches, patchify
 from tasks import Data, Silent, load_run
 from training.world import World
@@ -37,16 +39,16 @@ def untrained(run):
     return run.task.build(run.args, Data(classes=run.classes), Silent("cpu")).eval()
 
 
-def few(lab, count):
+def few(bench, count):
     """So many, and 8 in tests."""
-    return min(count, 8) if lab.overrides else count
+    return min(count, 8) if bench.overrides == lab.TINY else count
 
 
 # ---------------------------------------------------------------------------- MIRL
 
 
 @torch.no_grad()
-def residual(lab, runs):
+def residual(bench, runs):
     """Errors and variances of MIRL's parts on hidden patches, without the mean of each position.
 
     The loss sees only sums, so a constant per position may be in either part. Without it the parts can be compared.
@@ -55,7 +57,7 @@ def residual(lab, runs):
     args = run.args
     if args.pairing is False:  # plain deep supervision has no parts
         return {}
-    images, _, noise = images_of(run, few(lab, 512))
+    images, _, noise = images_of(run, few(bench, 512))
     out = run.model(images, args.mask_ratio, noise)
     hidden = out.mask[..., None]
 
@@ -80,12 +82,12 @@ def residual(lab, runs):
     return figures
 
 
-def depths(lab, runs):
+def depths(bench, runs):
     """Linear classifiers on the features of six depths, and the gradient norm of each block."""
     run = load_run(runs[""][0].folder)
-    figures = layer_probes(run, few(lab, 10_000), few(lab, 10_000 if run.args.data != "shapes" else 4000))
+    figures = layer_probes(run, few(bench, 10_000), few(bench, 10_000 if run.args.data != "shapes" else 4000))
     for when, model in (("untrained", untrained(run)), ("trained", run.model)):
-        norms = gradient_norms(model, run, few(lab, 256))
+        norms = gradient_norms(model, run, few(bench, 256))
         figures[f"curve log2 gradient norm, {when}, over blocks"] = norms
         sizes = [size for _, size in norms]
         figures[f"gradient span, {when}"] = max(sizes) - min(sizes)
@@ -157,13 +159,13 @@ def gradient_norms(model, run, count):
 # ---------------------------------------------------------------------------- SAM
 
 
-def sharpness(lab, runs):
+def sharpness(bench, runs):
     """Around the final weights, on 256 training images; the NTK at the initial weights, on 64 of them."""
-    run, count = load_run(runs[""][0].folder), few(lab, 256)
-    words = f"run --images {count} --iters {few(lab, 40)} --draws {few(lab, 10)} --tol 0.03 --surface-steps 9"
+    run, count = load_run(runs[""][0].folder), few(bench, 256)
+    words = f"run --images {count} --iters {few(bench, 40)} --draws {few(bench, 10)} --tol 0.03 --surface-steps 9"
     flags = landscape.parse(words.split())
     figures, surface = landscape.measure(run, landscape.open_data(run, flags), flags, World("cpu"))
-    x, *_ = images_of(run, few(lab, 64), training=True)
+    x, *_ = images_of(run, few(bench, 64), training=True)
     kappa = geometry.ntk_condition_number(untrained(run), x).kappa
 
     # the mean loss on a random circle around the weights, at a quarter of their length
