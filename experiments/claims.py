@@ -410,21 +410,21 @@ def present(name, folder):
     return groups
 
 
-def headlines(folder):
+def headlines(folder, page="docs/results.md"):
     """Markdown: the first statements of each claim that was run, those that the paper is known for."""
     lines = []
     for name, claim in CLAIMS.items():
         for (_, times), rows in present(name, folder).items():
             longer = "" if times == 1 else f", {times:g} times as long"
+            seeds = f"[{len(lab.by_seed(claim, rows))}]({page}#{name})"
             for text, verdict, effect, _ in lab.judged(claim, rows)[:claim.get("headlines", 1)]:
-                seeds = len(lab.by_seed(claim, rows))
-                lines.append([text + longer, verdict, effect, str(seeds), f"[{name}](docs/results.md#{name})"])
-    return lab.markdown(["statement", "here", "effect ± interval", "seeds", "more"], lines)
+                lines.append([text + longer, verdict.partition(",")[0], effect, seeds])
+    return lab.markdown(["statement", "here", "effect ± interval", "seeds"], lines)
 
 
 def report(folder):
     """Markdown: headlines; per claim its figure, verdicts, arms and protocol; then what was not run."""
-    parts, missing = [headlines(folder).replace("docs/results.md", "")], []
+    parts, missing = [headlines(folder, "")], []
     for name, claim in CLAIMS.items():
         groups = present(name, folder)
         if not groups:
