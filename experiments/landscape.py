@@ -162,12 +162,11 @@ def cell(key, values, reach):
 
 
 def table(rows, measured, flags):
-    keys = [key for key in COLUMNS if key in measured[0]]
     lines = []
     for name, members in rows.items():
-        cells = [cell(key, [measured[i][key] for i in members], flags.surface_radius) for key in keys]
+        cells = [cell(key, [measured[i][key] for i in members], flags.surface_radius) for key in COLUMNS]
         lines.append([name, str(len(members)), *cells])
-    return markdown(["run", "seeds", *(COLUMNS[key] for key in keys)], lines)
+    return markdown(["run", "seeds", *COLUMNS.values()], lines)
 
 
 LEGEND = """On {images} training images, not augmented: train loss, cross-entropy; lambda, the eigenvalue of largest

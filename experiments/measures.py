@@ -120,7 +120,6 @@ def layer_probes(run, count, val_count, places=6):
         "mean probe %": sum(accuracy.values()) / len(accuracy),
         "last block %": accuracy[numbers[-1]],
         "late block %": accuracy[numbers[-2]],  # five sixths of the way
-        "best block": max(accuracy, key=accuracy.get),
         "curve probe % over blocks": list(accuracy.items()),
     }
 

@@ -231,7 +231,8 @@ def test_a_claim_killed_in_the_middle_of_a_line_or_a_run_goes_on(folder, capsys)
 def test_measures_of_depth_and_sharpness_are_numbers(tmp_path, monkeypatch):
     bench = lab.Lab(tmp_path, seed=1, overrides=lab.TINY, say=lambda text: None)
     figures = bench.arm(only("mirl-depth", "MIRL, 12 blocks"), "MIRL, 12 blocks")
-    assert figures["best block"] in (1, 2, 3, 4) and figures["mean probe %"] is not None
+    assert [block for block, _ in figures["curve probe % over blocks"]] == [1, 2, 3, 4]
+    assert 0 <= figures["mean probe %"] <= 100
     assert len(figures["curve log2 gradient norm, trained, over blocks"]) == 4
     figures = bench.arm(only("sam-geometry", "ViT + SAM"), "ViT + SAM")
     assert figures["lambda"] > 0 and figures["weight norm"] > 0 and figures["log10 NTK condition, untrained"] > 0
@@ -262,7 +263,7 @@ def test_training_done_before_counts_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["mirl-dept"], "mirl-depth"), (["mirl-depth", "--seeds", "0"], "--seeds 0"),
+    (["mirl-dept"], "mirl-depth"), (["mirl-depth", "--seeds", "0"], "--seeds: 0"),
     (["mirl-depth", "--times", "nan"], "--times"),
     (["mirl-depth", "--data", "cifar10"], "--data-path"), (["report", "--results", "nowhere"], "--results nowhere"),
     (["report", "--write", "README.txt"], "README.txt")])

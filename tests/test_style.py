@@ -34,17 +34,19 @@ def docstring_lines(tree):
     return numbers
 
 
-def density(path):
+def density(*paths):
     """Syntax nodes per line of code, without docstrings, comments and blanks."""
-    text = path.read_text()
-    tree = ast.parse(text)
-    documented = docstring_lines(tree)
-    lines = 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        line = line.strip()
-        if line and not line.startswith("#") and number not in documented:
-            lines += 1
-    return sum(1 for _ in ast.walk(tree)) / lines
+    nodes = lines = 0
+    for path in paths:
+        text = path.read_text()
+        tree = ast.parse(text)
+        nodes += sum(1 for _ in ast.walk(tree))
+        documented = docstring_lines(tree)
+        for number, line in enumerate(text.splitlines(), start=1):
+            line = line.strip()
+            if line and not line.startswith("#") and number not in documented:
+                lines += 1
+    return nodes / lines
 
 
 def test_density_counts_nodes_of_code_lines_only(tmp_path):
@@ -56,6 +58,13 @@ def test_density_counts_nodes_of_code_lines_only(tmp_path):
 
 def test_the_loop_is_no_denser_than_those_people_hold_up_as_models():
     assert density(ROOT / "train.py") <= 11
+
+
+@pytest.mark.parametrize("folder, limit", [("experiments", 1500), ("benchmarks", 500)])
+def test_programs_around_it_stay_small(folder, limit):
+    paths = sorted((ROOT / folder).glob("*.py"))
+    assert sum(len(path.read_text().splitlines()) for path in paths) <= limit
+    assert density(*paths) <= 11
 
 
 @pytest.mark.parametrize("path", LIBRARY, ids=name_of)
