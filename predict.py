@@ -116,6 +116,9 @@ def predict(run, photos, args):
     """A line per image; pictures and JSON where wanted."""
     if args.coco and run.args.task != "detect":
         raise ValueError(f"--coco needs a run of --task detect, but {args.run} is of --task {run.args.task}; drop it")
+    if args.coco and not hasattr(run.args, "category_ids"):
+        raise ValueError(f"--coco needs the category ids of the training set, which {args.run}, of an earlier version, "
+                         "has not saved; drop it")
     files = pictures.new_files(args.output_dir, photos.paths) if args.output_dir else []
     predictions = {}
     for batch in photos.batches("predict"):
@@ -129,7 +132,7 @@ def predict(run, photos, args):
             prediction.pop("picture", None)  # of a reconstruction
 
     if args.coco:
-        results, note = detection.coco_results(run.classes, photos.paths, predictions)
+        results, note = detection.coco_results(run.args, photos.paths, predictions)
         Path(args.json).write_text(json.dumps(results))
         print(note)
     elif args.json:
