@@ -144,7 +144,7 @@ def open_data(args, world):
 def build(args, data, world):
     encoder = encoders.build_encoder(args, init_options=args.init_options)
     model = METHODS[args.method](encoder, **method_options(args))
-    if args.init and data.weights is None:
+    if data.weights is None and args.init:
         load_init(model, args, data, world)
     return model
 
