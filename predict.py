@@ -112,6 +112,18 @@ class Photos(Folder):
             print(f"skipped {int(self.bad.sum())} of {len(self)} images", file=sys.stderr)
 
 
+def introduce(run):
+    """What the run knows, and what it sees of an image."""
+    args = run.args
+    size = "x".join(map(str, args.img_size))
+    seen = "it sees each image" if args.task in ("detect", "segment") else "it sees the middle of each image"
+    if args.data == "shapes":
+        data = "generated scenes only, so what it says of other images means little"
+    else:
+        data = f"--data {args.data}"
+    print(f"--task {args.task}, trained on {data}; {seen} at {size} px", file=sys.stderr)
+
+
 def predict(run, photos, args):
     """A line per image; pictures and JSON where wanted."""
     if args.coco and run.args.task != "detect":
@@ -181,6 +193,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         run = load_run(args.run, World(args.device).device)
+        introduce(run)
         if args.export:
             print(run.export(args.export))
         if args.features or args.neighbors:

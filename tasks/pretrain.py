@@ -10,6 +10,7 @@ the method, the mask and the decoders too.
 
 import base64
 import math
+import re
 
 import torch
 from torch.utils.data import default_collate
@@ -229,7 +230,8 @@ def predict(model, images, args, classes):
         alone = torch.stack([image, image.flip(-1)]) if args.method == "mixmim" else image[None]
         loss = model(alone, args.mask_ratio, mask_noise(noise[:len(alone)], args)).loss
         baseline = patch_mean_loss(image[None], args.stride, args.norm_pix_loss is not False)
-        row = {name: column[i:i + 1] for name, column in columns.items()}
+        # captions hold the error of the whole batch
+        row = {re.sub(r", error .*", "", name): column[i:i + 1] for name, column in columns.items()}
         picture = base64.b64encode(pictures.grid_png(row, cell=192)).decode()
         results.append(dict(loss=loss.item(), baseline=baseline.item(), picture=picture))
     return results
