@@ -238,6 +238,8 @@ def draw(image, prediction, classes, threshold=0.5):
     """Boxes, classes, scores and masks of the objects with a score of at least the threshold."""
     mask, *_ = coco.need_pycocotools()
     objects = [item for item in prediction["objects"] if item["score"] >= threshold]
+    if not objects:
+        return pictures.captioned(image, [f"no object with a score of at least {threshold:g}"])
     boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = torch.zeros(len(objects), *image.shape[-2:], dtype=torch.bool)

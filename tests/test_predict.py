@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import re
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -240,6 +241,18 @@ def test_objects_are_drawn_with_their_boxes_where_they_are():
     assert drawn[:, 200, 160].tolist() == [0, 0, 0]
 
 
+def test_a_detector_says_how_sure_its_best_object_is_and_the_flag_that_shows_it(detector, photos, tmp_path, capsys):
+    call(detector, photos / "7.png", "--threshold", 0.99, "--output-dir", tmp_path / "none")
+    line = capsys.readouterr().out
+    assert "at least 0.99 (--threshold)" in line
+    score = float(re.search(r"the best is \w+ (0\.\d+) at", line)[1])
+    call(detector, photos / "7.png", "--threshold", score - 0.01, "--output-dir", tmp_path / "best")
+    assert f" {score} at x" in capsys.readouterr().out
+    names = [Image.open(tmp_path / folder / "7.png").size for folder in ("none", "best")]
+    assert names[0][1] > names[0][0]  # a sentence below it
+    assert names[1][0] == names[1][1] and len(Image.open(tmp_path / "best" / "7.png").getcolors(99999)) > 100
+
+
 def test_a_reconstructions_loss_is_that_of_the_image_alone(finished):
     for flags in (PRETRAIN, MIXMIM):
         run = load_run(finished(flags))
@@ -335,7 +348,8 @@ def test_a_broken_image_among_good_ones_stops_or_is_skipped_and_counted(classifi
     ("photos --json seen.json --coco", "--coco"), ("photos --coco", "--json"), ("", "PATH"), ("empty", "empty"),
     ("nowhere", "nowhere"), ("photos --features photos/7.png", "7.png"), ("photos --json nowhere/a.json", "nowhere"),
     ("photos --output-dir photos", "7.png"), ("photos --json a.json --features b.npz", "--json"),
-    ("photos --neighbors nowhere.png", "nowhere.png"), ("--export a.pt2", "probe"), ("photos --louder", "--louder")])
+    ("photos --neighbors nowhere.png", "nowhere.png"), ("--export a.pt2", "probe"), ("photos --louder", "--louder"),
+    ("photos --threshold 0.3", "--threshold"), ("photos --threshold 2", "--threshold")])
 def test_bad_input_is_one_sentence(pretrained, photos, monkeypatch, capsys, words, named):
     monkeypatch.chdir(photos.parent)
     (photos.parent / "empty").mkdir()

@@ -37,7 +37,7 @@ def stacked(images):
     if isinstance(images, torch.Tensor):
         return images
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
-    padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
+    padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), value=255) for image in images]
     return torch.stack(padded) / 255
 
 
