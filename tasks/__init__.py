@@ -174,7 +174,7 @@ def describe(prediction, threshold=0.5):
     if "loss" in prediction:
         return "loss on hidden patches {loss:.3f} (predicting the patch mean: {baseline:.3f})".format(**prediction)
     if "features" in prediction:
-        return f"{len(prediction['features'])} features"
+        return f"{len(prediction['features'])} features (--neighbors IMAGE shows similar images)"
 
     # objects, best first
     words, sure = [], 0

@@ -97,7 +97,8 @@ def complete(args):
 def inherit_method(args):
     """What the flags leave open, from a pre-training run of ours; then the default method."""
     saved = encoders.init_file(args).get("args")
-    if isinstance(saved, dict) and saved.get("task") == "pretrain" and args.method in (None, saved.get("method")):
+    method = saved.get("method") if isinstance(saved, dict) else None
+    if method in tuple(METHODS) and args.method in (None, method):
         for name in ("method", "mask_ratio", *OPTIONS):
             if getattr(args, name) is None:
                 setattr(args, name, saved.get(name))
