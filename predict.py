@@ -29,7 +29,7 @@ from tqdm import tqdm
 from data import Folder
 from tasks import describe, detection, load_run
 from training import pictures
-from training.flags import Parser, path
+from training.flags import Parser, between, path
 from training.world import World
 
 BATCH = 8  # images at a time
@@ -44,6 +44,8 @@ def parse(argv):
     flag("--output-dir", type=path, metavar="DIR", help="save a picture per image here")
     flag("--json", type=path, metavar="FILE", help="write the predictions, a line per image")
     flag("--coco", action="store_true", help="--json in COCO's result format, of a detector")
+    flag("--threshold", type=between(0, 1), metavar="SCORE",
+         help="print and draw a detector's objects from this score on (default: 0.5)")
     flag("--features", type=path, metavar="FILE", help="save the encoder's pooled features as .npz; predict nothing")
     flag("--neighbors", type=path, metavar="IMAGE", help="draw the images nearest to this one; predict nothing")
     flag("--export", type=path, metavar="FILE", help="save a classifier or segmenter by torch.export")
@@ -112,24 +114,43 @@ class Photos(Folder):
             print(f"skipped {int(self.bad.sum())} of {len(self)} images", file=sys.stderr)
 
 
+def introduce(run):
+    """What the run knows, and what it sees of an image."""
+    args = run.args
+    size = "x".join(map(str, args.img_size))
+    seen = "it sees each image" if args.task in ("detect", "segment") else "it sees the middle of each image"
+    if args.data == "shapes":
+        data = "generated scenes only, so what it says of other images means little"
+    else:
+        data = f"--data {args.data}"
+    print(f"--task {args.task}, trained on {data}; {seen} at {size} px", file=sys.stderr)
+
+
 def predict(run, photos, args):
     """A line per image; pictures and JSON where wanted."""
     if args.coco and run.args.task != "detect":
         raise ValueError(f"--coco needs a run of --task detect, but {args.run} is of --task {run.args.task}; drop it")
+    if args.coco and not hasattr(run.args, "category_ids"):
+        raise ValueError(f"--coco needs the category ids of the training set, which {args.run}, of an earlier version, "
+                         "has not saved; drop it")
+    if args.threshold is not None and run.args.task != "detect":
+        raise ValueError(f"--threshold {args.threshold:g} is a score of objects, but {args.run} is of --task "
+                         f"{run.args.task}; drop it")
+    threshold = 0.5 if args.threshold is None else args.threshold
     files = pictures.new_files(args.output_dir, photos.paths) if args.output_dir else []
     predictions = {}
     for batch in photos.batches("predict"):
         results = run.predict([image for _, image in batch])
         for (i, image), prediction in zip(batch, results, strict=True):
-            line = describe(prediction)
+            line = describe(prediction, threshold)
             tqdm.write(f"{photos.paths[i]}: {line}")
             predictions[i] = prediction
             if files:
-                run.draw(image, prediction).save(files[i])
+                run.draw(image, prediction, threshold).save(files[i])
             prediction.pop("picture", None)  # of a reconstruction
 
     if args.coco:
-        results, note = detection.coco_results(run.classes, photos.paths, predictions)
+        results, note = detection.coco_results(run.args, photos.paths, predictions)
         Path(args.json).write_text(json.dumps(results))
         print(note)
     elif args.json:
@@ -178,6 +199,7 @@ def main(argv=None):
     try:
         args = parse(argv)
         run = load_run(args.run, World(args.device).device)
+        introduce(run)
         if args.export:
             print(run.export(args.export))
         if args.features or args.neighbors:

@@ -7,11 +7,11 @@ Takes the folders (or log.jsonl files) that train.py wrote. Each --run is a name
 table gives mean and sample standard deviation at every epoch that all of them evaluated, the figure draws each run
 thinly and the mean boldly, over training steps.
 
-Needs: torch (for benchmarks/machine.py); matplotlib for the figure.
+The panels of one run are drawn in training/pictures.py.
+Needs: torch, torchvision; matplotlib for the figure.
 """
 
 import argparse
-import json
 import statistics
 import sys
 from pathlib import Path
@@ -19,26 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.machine import spread
-
-NOT_DRAWN = {"epoch", "step", "lr", "img_s", "data_share", "bad_steps", "skipped_images"}
-
-
-def read_log(path):
-    """The lines of a run's log."""
-    path = Path(path)
-    path = path / "log.jsonl" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist; give a folder that train.py wrote, or its log.jsonl")
-    try:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
-        return [line for line in lines if line["step"] >= 0]
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is not a log of train.py; give its log.jsonl") from None
-
-
-def curve(lines, key):
-    """{step: value} of the lines that have the key."""
-    return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+from training.pictures import curve, draw_run, pyplot, read_log
 
 
 def read_curve(path, key):
@@ -69,16 +50,6 @@ def table(groups, key):
     return "\n".join(lines)
 
 
-def pyplot():
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("matplotlib is not installed; pip install matplotlib") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    return pyplot
-
-
 def draw(path, groups, key):
     figure, ax = pyplot().subplots(figsize=(6, 4), layout="constrained")
     for k, (name, curves) in enumerate(groups.items()):
@@ -87,30 +58,11 @@ def draw(path, groups, key):
         means = {step: statistics.fmean(values) for step, values in summarize(curves).items()}
         label = f"{name} ({len(curves)} seeds)"
         ax.plot(list(means), list(means.values()), "o-", color=f"C{k}", linewidth=2, label=label)
-    ax.set(xlabel="training steps", ylabel=key, ylim=(0, None), xlim=(0, None))
+    ax.set(xlabel="training steps", ylabel=key, xlim=(0, None))
+    if "loss" not in key:
+        ax.set_ylim(bottom=0)
     ax.grid(alpha=0.3)
     ax.legend()
-    figure.savefig(path, dpi=120, format="png")
-
-
-def draw_run(path, lines):
-    """Panels of one run: its losses, its learning rate, and what was evaluated in percent."""
-    epochs = [line for line in lines if "epoch" in line]
-    steps = [line for line in lines if "epoch" not in line]
-    names = sorted(set().union(*epochs) - NOT_DRAWN)
-    losses = [name for name in names if name.endswith("loss") or name == "baseline"]
-    shares = [name for name in names if name not in losses]
-    panels = {"loss": losses, "learning rate": [], "%": shares}
-    figure, axes = pyplot().subplots(1, 3 if shares else 2, figsize=(12 if shares else 8, 3.4), layout="constrained")
-    axes[0].plot(*zip(*curve(steps, "loss").items()), linewidth=0.7, alpha=0.5, label="loss of a step")
-    axes[1].plot(*zip(*curve(lines, "lr").items()))
-    for ax, (title, keys) in zip(axes, panels.items()):
-        for key in keys:
-            ax.plot(*zip(*curve(epochs, key).items()), ".-", label=key)
-        if title != "learning rate":
-            ax.legend(fontsize=8)
-        ax.set(title=title, xlabel="training steps")
-        ax.grid(alpha=0.3)
     figure.savefig(path, dpi=120, format="png")
 
 

@@ -96,9 +96,10 @@ class LoadedRun:
             options["sizes"] = [tuple(image.shape[-2:]) for image in images]
         return self.task.predict(self.model, batch, self.args, self.classes, **options)
 
-    def draw(self, image, prediction):
-        """A picture of one prediction. image: uint8 (3, H, W) or PIL"""
-        return self.task.draw(as_tensor(image), prediction, self.classes)
+    def draw(self, image, prediction, threshold=0.5):
+        """A picture of one prediction. image: uint8 (3, H, W) or PIL; threshold: smallest score of an object"""
+        options = dict(threshold=threshold) if self.args.task == "detect" else {}
+        return self.task.draw(as_tensor(image), prediction, self.classes, **options)
 
     @torch.no_grad()
     def features(self, images):
@@ -163,8 +164,8 @@ def to_unit(image):
     return image.float() / 255
 
 
-def describe(prediction):
-    """A prediction in one line."""
+def describe(prediction, threshold=0.5):
+    """A prediction in one line. threshold: smallest score of an object"""
     if "classes" in prediction:
         return ", ".join(f"{item['class']} {100 * item['probability']:.1f} %" for item in prediction["classes"])
     if "shares" in prediction:
@@ -173,17 +174,18 @@ def describe(prediction):
     if "loss" in prediction:
         return "loss on hidden patches {loss:.3f} (predicting the patch mean: {baseline:.3f})".format(**prediction)
     if "features" in prediction:
-        return f"{len(prediction['features'])} features"
+        return f"{len(prediction['features'])} features (--neighbors IMAGE shows similar images)"
 
     # objects, best first
     words, sure = [], 0
     for item in prediction["objects"]:
         x, y, width, height = (round(number) for number in item["bbox"])
         words.append(f"{item['class']} {item['score']:.2f} at x {x} y {y}, {width} x {height}")
-        sure += item["score"] >= 0.5
+        sure += item["score"] >= threshold
     if sure:
         return "; ".join(words[:sure])
-    return "no object with a score of at least 0.5" + (f"; best: {words[0]}" if words else "")
+    best = f"the best is {words[0]}" if words else "there is none with a lower one"
+    return f"no object with a score of at least {threshold:g} (--threshold); {best}"
 
 
 class Silent:

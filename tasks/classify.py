@@ -214,7 +214,7 @@ def save_picture(folder, model, args, data, columns=6):
     grid = {}
     for (image, label, _), prediction in zip(samples, predictions):
         best = prediction["classes"][0]
-        verdict = "right" if best["class"] == str(data.classes[label]) else f"is {data.classes[label]}"
+        verdict = "right" if best["class"] == str(data.classes[label]) else f"truth: {data.classes[label]}"
         grid[f"{len(grid) + 1}: {best['class']} {best['probability']:.0%}, {verdict}"] = (image * std + mean)[None]
     pictures.save_grid(folder / "predictions.png", grid)
 

@@ -8,7 +8,6 @@ import math
 
 import torch
 from torch import nn
-from torchvision.models.detection import MaskRCNN_ResNet50_FPN_V2_Weights
 
 import coco
 from coco import CocoImages, Detections, ShapeScenes, coco_evaluate, large_scale_jitter
@@ -106,6 +105,7 @@ def split_scenes(args, train, val):
 
 def open_data(args, world):
     source = open_scenes(args, train=True)
+    args.category_ids = source.ids  # for predict --coco
     found = split_scenes(args, source, None if args.eval_train else open_scenes(args, train=False))
     jitter = None
     if args.jitter not in (None, [0, 0]):
@@ -238,6 +238,8 @@ def draw(image, prediction, classes, threshold=0.5):
     """Boxes, classes, scores and masks of the objects with a score of at least the threshold."""
     mask, *_ = coco.need_pycocotools()
     objects = [item for item in prediction["objects"] if item["score"] >= threshold]
+    if not objects:
+        return pictures.captioned(image, [f"no object with a score of at least {threshold:g}"])
     boxes = torch.tensor([item["bbox"] for item in objects]).reshape(-1, 4)
     boxes[:, 2:] += boxes[:, :2]
     masks = torch.zeros(len(objects), *image.shape[-2:], dtype=torch.bool)
@@ -251,23 +253,22 @@ def draw(image, prediction, classes, threshold=0.5):
     return pictures.to_pil(picture)
 
 
-def coco_results(classes, paths, predictions):
-    """Predictions {index of the path: prediction} -> COCO's list of results, and a note on the ids in it."""
+def coco_results(args, paths, predictions):
+    """Predictions {index of the path: prediction} -> COCO's list of results, and a note on the ids in it.
+
+    args: of the run, with the category ids of its training set
+    """
     # images: COCO has numbers as names
     stems = [path.stem for path in paths]
     numbered = all(stem.isdecimal() for stem in stems) and len(set(map(int, stems))) == len(stems)
     ids = [int(stem) for stem in stems] if numbered else range(1, len(stems) + 1)
     note = "image_id: " + ("the number in its name" if numbered else "the order of the images, counted from 1")
-
-    # categories: the numbers of COCO's 80 classes have gaps
-    names = MaskRCNN_ResNet50_FPN_V2_Weights.COCO_V1.meta["categories"]
-    known = set(classes) <= set(names)
-    note += "; category_id: " + ("COCO's own" if known else "the run's classes, counted from 1")
+    note += f"; category_id: as in the run's training set ({args.data})"
 
     results = []
     for i, prediction in predictions.items():
         for item in prediction["objects"]:
-            result = {name: item[name] for name in ("bbox", "score", "segmentation")}
-            category = names.index(item["class"]) if known else item["label"]
+            result = {name: item[name] for name in ("bbox", "score", "segmentation") if name in item}
+            category = args.category_ids[item["label"] - 1]
             results.append(dict(image_id=ids[i], category_id=category, **result))
     return results, note

@@ -3,15 +3,20 @@
 The objectives are in mae.py, mirl.py and mixmim.py: modules that take (images, mask ratio, noise) and return
 .loss, with a `pictures` method. A new one is one line in METHODS; what it needs besides goes into `complete`.
 Options of a method are arguments of its constructor: one that it does not have is refused, not ignored.
+
+--init FILE starts from the encoder of any checkpoint. A run of ours by the same method goes on: the file supplies
+the method, the mask and the decoders too.
 """
 
 import base64
 import math
+import re
 
 import torch
 from torch.utils.data import default_collate
 
 from data import Images, augmentation
+from formats import flat_tensors
 from mae import MAE
 from masking import mix_mask, num_visible, patch_mean_loss
 from mirl import MIRL
@@ -24,11 +29,11 @@ METHODS = {"mae": MAE, "mirl": MIRL, "mixmim": MixMIM}
 OPTIONS = ("segments", "pairing", "fill", "dual", "masked_attention", "mask_per_cycle", "norm_pix_loss",
            "decoder_embed_dim", "decoder_depth", "decoder_num_heads")
 FLAGS = dict(pairing="--no-pairing", dual="--single", masked_attention="--open-attention", norm_pix_loss="--raw-pixels")
-DEFAULTS = dict(method="mirl", epochs=6, batch_size=64, blr=4e-3, beta2=0.95)
+DEFAULTS = dict(epochs=6, batch_size=64, blr=4e-3, beta2=0.95)
 
 
 def add_flags(flag):
-    flag("--method", choices=tuple(METHODS), help="the objective")
+    flag("--method", choices=tuple(METHODS), help="the objective (default: that of --init, else mirl)")
     flag("--mask-ratio", type=between(0, 1), help="share of patches hidden (default: 0.75, mixmim 0.5)")
     flag("--raw-pixels", dest="norm_pix_loss", action="store_false", default=None,
          help="predict pixels, not pixels normalized per patch")
@@ -46,13 +51,14 @@ def add_flags(flag):
     flag("--mask-per-cycle", action="store_true", default=None,
          help="mixmim: a mask per cycle of partners, not per batch")
     flag("--then-probe", action="store_true", help="then probe the features, and those of the untrained encoder")
-    encoders.encoder_flags(flag, init=False)
+    encoders.encoder_flags(flag)
     sources.image_flags(flag)
     sources.augment_flag(flag, "padcrop up to 64 px, else mae")
 
 
 def complete(args):
     # the encoder
+    inherit_method(args)
     mixmim = args.method == "mixmim"
     encoders.inherit(args, "mixmim_demo" if mixmim else "vit_demo")
     if encoders.is_vit(args) and mixmim:
@@ -60,6 +66,9 @@ def complete(args):
     if not encoders.is_vit(args) and not (mixmim and encoders.is_hierarchical(args)):
         raise ValueError(f"--model {args.model} does not fit --method {args.method}: mae and mirl take a plain ViT, "
                          "mixmim a plain or a hierarchical one")
+    if args.init_options.get("rel_pos_bias"):
+        raise ValueError(f"--init {args.init} has a relative position bias, for which masking leaves no full grid; "
+                         "take a file with a position table")
     encoder = encoders.complete(args)
 
     # the mask
@@ -83,6 +92,20 @@ def complete(args):
         METHODS[args.method](encoder, **method_options(args))
     if args.augment is None:
         args.augment = "padcrop" if max(args.img_size) <= 64 else "mae"
+
+
+def inherit_method(args):
+    """What the flags leave open, from a pre-training run of ours; then the default method."""
+    saved = encoders.init_file(args).get("args")
+    method = saved.get("method") if isinstance(saved, dict) else None
+    if method in tuple(METHODS) and args.method in (None, method):
+        for name in ("method", "mask_ratio", *OPTIONS):
+            if getattr(args, name) is None:
+                setattr(args, name, saved.get(name))
+    args.method = args.method or "mirl"
+    if args.init and args.then_probe:
+        raise ValueError(f"--init {args.init} does not go with --then-probe, which compares with random weights; name "
+                         "--task pretrain, and probe afterwards")
 
 
 def method_options(args):
@@ -121,8 +144,25 @@ def open_data(args, world):
 
 
 def build(args, data, world):
-    encoder = encoders.build_encoder(args)
-    return METHODS[args.method](encoder, **method_options(args))
+    encoder = encoders.build_encoder(args, init_options=args.init_options)
+    model = METHODS[args.method](encoder, **method_options(args))
+    if data.weights is None and args.init:
+        load_init(model, args, data, world)
+    return model
+
+
+def load_init(model, args, data, world):
+    """The whole model from a run by the same method in the same sizes, else its encoder from any file."""
+    file = encoders.read_init(args.init)
+    saved, tensors = file.get("args"), flat_tensors(file, args.init)
+    shapes = {name: value.shape for name, value in model.state_dict().items()}
+    same_method = isinstance(saved, dict) and saved.get("method") == args.method
+    if same_method and shapes == {name: value.shape for name, value in tensors.items()}:
+        model.load_state_dict(tensors)
+        world.say(f"  goes on from {args.init}, decoders included; optimizer and learning rate start anew")
+    else:
+        encoders.load_init(model.encoder, args, data, world)
+        world.say(f"  the decoders of {args.method} start from random weights")
 
 
 def mask_noise(noise, args):
@@ -191,7 +231,8 @@ def predict(model, images, args, classes):
         alone = torch.stack([image, image.flip(-1)]) if args.method == "mixmim" else image[None]
         loss = model(alone, args.mask_ratio, mask_noise(noise[:len(alone)], args)).loss
         baseline = patch_mean_loss(image[None], args.stride, args.norm_pix_loss is not False)
-        row = {name: column[i:i + 1] for name, column in columns.items()}
+        # captions hold the error of the whole batch
+        row = {re.sub(r", error .*", "", name): column[i:i + 1] for name, column in columns.items()}
         picture = base64.b64encode(pictures.grid_png(row, cell=192)).decode()
         results.append(dict(loss=loss.item(), baseline=baseline.item(), picture=picture))
     return results

@@ -13,6 +13,10 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "experiments" / "README.md"]
 # appended to a command; the last value of a flag counts
 TINY = shlex.split("--data-size 16 --epochs 1 --batch-size 4 --device cpu")
+LESSONS = ROOT / "docs" / "lessons.md"
+SHORTER = {  # of the demos
+    "range(401)": "range(2)", "range(600)": "range(2)", "steps = 150": "steps = 5", "steps = 200": "steps = 5",
+    "steps=400": "steps=5", "Shapes(1024,": "Shapes(64,"}
 
 
 def blocks(page, *languages):
@@ -126,9 +130,29 @@ def test_the_training_commands_of_the_readme_run_in_their_order(tmp_path, monkey
 def test_the_training_commands_of_the_lessons_run(tmp_path, monkeypatch):
     pytest.importorskip("pycocotools")
     monkeypatch.chdir(tmp_path)
-    sequence = training(ROOT / "docs" / "lessons.md")
+    sequence = training(LESSONS)
     assert len(sequence) >= 5
     run_in_order(sequence, TINY)
+
+
+@pytest.mark.parametrize("name", sorted({program(line)[0] for line in commands(LESSONS)} - {"train.py"}))
+def test_the_demos_of_the_lessons_run_in_a_tiny_form(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code = (ROOT / name).read_text()
+    shorter = code
+    for long, short in SHORTER.items():
+        shorter = shorter.replace(long, short)
+    assert shorter != code or name == "masking.py"
+    with torch.random.fork_rng():
+        exec(compile(shorter, name, "exec"), {"__name__": "__main__"})
+    assert len(capsys.readouterr().out) > 100
+
+
+def test_the_lines_that_the_lessons_change_are_those_of_the_demos():
+    changed = [line for block in blocks(LESSONS, "") for line in block.splitlines() if "MixMIM(" in line]
+    assert changed[0].replace(", masked_attention=False", "") in (ROOT / "mixmim.py").read_text().splitlines()
+    assert "set `rho = 0.05` instead of 0.3" in LESSONS.read_text()
+    assert "    rho = 0.3" in (ROOT / "sam.py").read_text().splitlines()
 
 
 @pytest.mark.slow

@@ -3,7 +3,9 @@
 import base64
 import io
 import json
+import re
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import numpy
@@ -105,7 +107,7 @@ def test_a_run_with_an_average_of_its_weights_is_used_as_it_was_evaluated(classi
 
 
 def coco_folder(root, split, ids):
-    """Images with one large object each, of COCO's categories 3 and 18."""
+    """Images with one large object each. The category ids are not those of COCO for these names."""
     (root / split).mkdir(parents=True)
     samples = []
     for k in range(len(ids)):
@@ -118,14 +120,14 @@ def coco_folder(root, split, ids):
         to_pil_image(image).save(root / split / f"{ids[k]:012d}.png")
         box = torch.tensor([[left, top, size[1] - 3, size[0] - 4]]).float()
         samples.append((image, dict(boxes=box, labels=torch.tensor([label]), masks=mask)))
-    content = make_truth(samples, [3, 18]).dataset
+    content = make_truth(samples, [4, 700]).dataset
     for image in content["images"]:
         image["id"] = ids[image["id"]]
         image["file_name"] = f"{image['id']:012d}.png"
     for entry in content["annotations"]:
         entry["image_id"] = ids[entry["image_id"]]
         entry["segmentation"]["counts"] = entry["segmentation"]["counts"].decode()
-    content["categories"] = [dict(id=3, name="car"), dict(id=18, name="dog")]
+    content["categories"] = [dict(id=4, name="car"), dict(id=700, name="dog")]
     (root / "annotations").mkdir(exist_ok=True)
     (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
 
@@ -148,9 +150,9 @@ def test_average_precision_from_the_coco_file_is_that_of_the_log(detector, tmp_p
 
     data = detector.parent / "data"
     call(detector, data / "val2017", "--json", tmp_path / "seen.json", "--coco")
-    assert "image_id: the number in its name; category_id: COCO's own" in capsys.readouterr().out
+    assert "image_id: the number in its name; category_id: as in the run's training set" in capsys.readouterr().out
     results, last = json.loads((tmp_path / "seen.json").read_text()), log(detector)[-1]
-    assert {result["category_id"] for result in results} <= {3, 18} and last["box_ap"] > 1
+    assert {result["category_id"] for result in results} <= {4, 700} and last["box_ap"] > 1
     truth = COCO(data / "annotations" / "instances_val2017.json")
     for kind in ("box", "mask"):
         figures = average_precision(results, truth, kind, None)
@@ -158,12 +160,21 @@ def test_average_precision_from_the_coco_file_is_that_of_the_log(detector, tmp_p
         assert 100 * figures[f"{kind}_ap50"] == pytest.approx(last[f"{kind}_ap50"], abs=1e-3)
 
 
-def test_images_without_numbers_and_classes_that_coco_lacks_are_counted(tmp_path):
+def test_category_ids_are_those_of_the_training_set_and_images_without_numbers_are_counted():
     paths = [Path("a.jpg"), Path("7.jpg")]
-    item = dict(bbox=[0, 0, 1, 1], score=1.0, segmentation={}, label=2, **{"class": "unicorn"})
-    results, note = coco_results(["cat", "unicorn"], paths, {1: dict(objects=[item])})
-    assert [(entry["image_id"], entry["category_id"]) for entry in results] == [(2, 2)]
-    assert note.count("counted from 1") == 2
+    item = dict(bbox=[0, 0, 1, 1], score=1.0, label=2, **{"class": "unicorn"})  # of a detector without masks
+    args = Namespace(category_ids=[4, 700], data="coco")
+    results, note = coco_results(args, paths, {1: dict(objects=[item])})
+    assert results == [dict(image_id=2, category_id=700, bbox=[0, 0, 1, 1], score=1.0)]
+    assert "counted from 1" in note
+
+
+def test_a_run_that_saved_no_category_ids_writes_none(detector, photos, tmp_path, capsys):
+    (tmp_path / "old").mkdir()
+    saved = torch.load(detector / "checkpoint.pt", weights_only=True)
+    del saved["args"]["category_ids"]
+    torch.save(saved, tmp_path / "old" / "checkpoint.pt")
+    assert "category ids" in refused(capsys, tmp_path / "old", photos, "--json", tmp_path / "a.json", "--coco")
 
 
 @pytest.fixture(scope="module")
@@ -228,6 +239,17 @@ def test_objects_are_drawn_with_their_boxes_where_they_are():
     assert drawn.shape == (3, 320, 320)  # enlarged five times
     assert drawn[:, 120, 200].tolist() == [255, 0, 0] and drawn[:, 279, 81].tolist() == [255, 0, 0]
     assert drawn[:, 200, 160].tolist() == [0, 0, 0]
+
+
+def test_a_detector_says_how_sure_its_best_object_is_and_the_flag_that_shows_it(detector, photos, tmp_path, capsys):
+    call(detector, photos / "7.png", "--threshold", 0.99, "--output-dir", tmp_path / "none")
+    line = capsys.readouterr().out
+    assert "at least 0.99 (--threshold)" in line
+    score = float(re.search(r"the best is \w+ (0\.\d+) at", line)[1])
+    call(detector, photos / "7.png", "--threshold", score - 0.01, "--output-dir", tmp_path / "best")
+    assert f" {score} at x" in capsys.readouterr().out
+    heights = [Image.open(tmp_path / folder / "7.png").height for folder in ("none", "best")]
+    assert heights == [5 * 48 + 30, 7 * 48]  # without objects there is a sentence below
 
 
 def test_a_reconstructions_loss_is_that_of_the_image_alone(finished):
@@ -325,7 +347,8 @@ def test_a_broken_image_among_good_ones_stops_or_is_skipped_and_counted(classifi
     ("photos --json seen.json --coco", "--coco"), ("photos --coco", "--json"), ("", "PATH"), ("empty", "empty"),
     ("nowhere", "nowhere"), ("photos --features photos/7.png", "7.png"), ("photos --json nowhere/a.json", "nowhere"),
     ("photos --output-dir photos", "7.png"), ("photos --json a.json --features b.npz", "--json"),
-    ("photos --neighbors nowhere.png", "nowhere.png"), ("--export a.pt2", "probe"), ("photos --louder", "--louder")])
+    ("photos --neighbors nowhere.png", "nowhere.png"), ("--export a.pt2", "probe"), ("photos --louder", "--louder"),
+    ("photos --threshold 0.3", "--threshold"), ("photos --threshold 2", "--threshold")])
 def test_bad_input_is_one_sentence(pretrained, photos, monkeypatch, capsys, words, named):
     monkeypatch.chdir(photos.parent)
     (photos.parent / "empty").mkdir()

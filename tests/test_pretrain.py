@@ -5,16 +5,23 @@ import math
 import pytest
 import torch
 from small_runs import (
+    CLASSIFY,
+    CONTRAST,
     HIERARCHICAL,
     MIXMIM,
     PRETRAIN,
     STILL,
     TINY,
     VIT,
+    assert_close,
+    assert_same_bits,
+    assert_same_run,
     built,
     epochs,
+    interrupted_run,
     log,
     on_each_loss,
+    refused,
     start,
     weights,
 )
@@ -132,3 +139,58 @@ def test_a_vit_that_mixmim_trains_has_no_class_token(finished):
 def test_rectangular_images_are_pretrained_on(tmp_path):
     start(f"--task pretrain --method mae {VIT} --img-size 32 48 --data-size 16 --batch-size 8 --epochs 1", tmp_path)
     assert weights(tmp_path)["encoder.pos_embed"].shape == (1, 1 + 4 * 6, 32)
+
+
+# ---------------------------------------------------------------------------- from a checkpoint
+
+
+def init_of(folder):
+    return f"--init {folder / 'checkpoint.pt'}"
+
+
+@pytest.mark.parametrize("flags", [f"{MAE} --raw-pixels --mask-ratio 0.5", f"{PRETRAIN} --no-pairing", MIXMIM,
+                                   PLAIN_MIXMIM], ids=["mae", "mirl", "mixmim", "plain mixmim"])
+def test_a_run_by_the_same_method_goes_on_with_all_its_weights(finished, tmp_path, capsys, flags):
+    folder = finished(flags)
+    start(f"--task pretrain {init_of(folder)} --data-size 64 --batch-size 8 --epochs 1 {STILL}", tmp_path)
+    assert "decoders included" in capsys.readouterr().out
+    assert_close(weights(tmp_path), weights(folder), 1e-6)  # method, sizes and decoders are the file's
+
+    # and its loss is that of the run's last epoch: the same mask ratio, the same targets
+    assert log(tmp_path)[-1]["val_loss"] == pytest.approx(epochs(folder)[-1]["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("flags", [MAE, CLASSIFY, CONTRAST, f"{MAE} --decoder-embed-dim 64"],
+                         ids=["mae", "classify", "contrast", "other decoder"])
+def test_another_method_task_or_decoder_takes_the_encoder_only(finished, capsys, flags):
+    folder, method = finished(flags), "mae --decoder-embed-dim 32" if "64" in flags.split()[-1] else "mirl --segments 2"
+    run = built(f"--task pretrain --method {method} --data-size 16 --batch-size 8 {init_of(folder)}")
+    saved = {name.removeprefix("encoder."): value for name, value in weights(folder).items()}
+    encoder = run.model.encoder.state_dict()
+    assert_same_bits({name: value for name, value in encoder.items() if name.startswith("blocks.")},
+                     {name: value for name, value in saved.items() if name.startswith("blocks.")})
+    assert "start from random weights" in capsys.readouterr().out
+
+
+def test_interrupted_it_resumes_without_the_file_it_started_from(finished, tmp_path):
+    source = tmp_path / "source.pt"
+    source.write_bytes((finished(MAE) / "checkpoint.pt").read_bytes())
+    flags = f"--task pretrain --init {source} --data-size 64 --batch-size 8 --epochs 2"
+    start(flags, tmp_path / "whole")
+    interrupted_run(flags, tmp_path / "parts")
+    source.unlink()
+    start(f"--resume --output-dir {tmp_path / 'parts'}")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize("more, words", [
+    ("--method mixmim --depth 4", ("--depth 4", "depth 2")), ("--then-probe", ("--then-probe", "--init")),
+    ("--method mixmim --model mixmim_demo", ("mixmim_demo", "vit_demo"))])
+def test_what_a_checkpoint_does_not_fit_is_refused(finished, capsys, more, words):
+    error = refused(f"--task pretrain {init_of(finished(MAE))} {more}", capsys)
+    assert all(word in error for word in words), error
+
+
+def test_a_model_without_class_token_is_not_masked_by_mae(finished, capsys):
+    error = refused(f"--task pretrain --method mae {init_of(finished(PLAIN_MIXMIM))} --data-size 16", capsys)
+    assert "class token" in error

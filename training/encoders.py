@@ -33,8 +33,7 @@ SIZES = ("patch_size", "embed_dim", "depth", "num_heads", "window_size", "shift"
 OPTIONS = ("img_size", *SIZES, "pool", "drop_path", "checkpointing", "weight_init")
 
 
-def encoder_flags(flag, init=True):
-    """init: the encoder may start from a file."""
+def encoder_flags(flag):
     switch = dict(default=None, action="store_true")
     flag("--model", choices=MODELS, metavar="PRESET", help="of vit.py, hierarchical.py, mixer.py or resnet.py")
     flag("--img-size", type=count, nargs="+", help="one number, or height and width")
@@ -46,9 +45,8 @@ def encoder_flags(flag, init=True):
     flag("--weight-init", choices=("mae", "jax"), help="ViT, Mixer: how the weights start (default: mae)")
     flag("--drop-path", type=between(0, 1), help="stochastic depth of the last block")
     flag("--checkpointing", **switch, help="recompute activations: less memory, more time")
-    if init:
-        flag("--init", type=path, metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, "
-                                                       "BEiT, MIRL, MixMIM")
+    flag("--init", type=path, metavar="FILE", help="checkpoint to start from: ours, MAE, timm, DeiT, MoCo v3, BEiT, "
+                                                   "MIRL, MixMIM")
 
 
 def is_vit(args):
@@ -119,18 +117,22 @@ def read_unchanged(path, changed):
     return read_checkpoint(path)
 
 
+def init_file(args):
+    """The dict of --init's file; {} without --init, and where its sizes are not needed or not to be had."""
+    init = getattr(args, "init", None)
+    resumed = args.init_options is not None  # such a run has them in its flags
+    if not init or resumed or args.dry_run and not os.path.exists(init):  # written by a run yet to come
+        return {}
+    return read_init(init)
+
+
 def inherit(args, default_model="vit_demo", **defaults):
     """Model and sizes from the file of --init, then defaults for what neither flags nor file say.
 
     defaults: sizes of the default model; another --model brings its own
     """
     named = args.model is not None
-    file = {}
-    init = getattr(args, "init", None)
-    if init and args.dry_run and not os.path.exists(init):  # written by a run yet to come
-        init = None
-    if init and args.init_options is None:  # a resumed run has them in its flags
-        file = read_init(init)
+    file = init_file(args)
     args.init_options = args.init_options or {}
     if isinstance(file.get("args"), dict):
         take_over(args, file["args"])

@@ -1,9 +1,10 @@
-"""Pictures: grids of images with captions, and the samples to show.
+"""Pictures: grids of images with captions, the samples to show, and the curves of a run.
 
-Needs: torch, torchvision; shapes.py for the grid.
+Needs: torch, torchvision; shapes.py for the grid; matplotlib for the curves of a run.
 """
 
 import io
+import json
 import math
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def stacked(images):
     if isinstance(images, torch.Tensor):
         return images
     height, width = (max(image.shape[side] for image in images) for side in (-2, -1))
-    padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2])) for image in images]
+    padded = [F.pad(image, (0, width - image.shape[-1], 0, height - image.shape[-2]), value=255) for image in images]
     return torch.stack(padded) / 255
 
 
@@ -149,15 +150,73 @@ def draw_objects(image, boxes, labels, masks, names, color="yellow", scores=None
     return pil_to_tensor(page)
 
 
+# ---------------------------------------------------------------------------- curves of a run
+
+LOSSES = ("loss", "train_loss", "val_loss", "baseline")
+NO_SHARES = {*LOSSES, "epoch", "step", "lr", "img_s", "data_share", "bad_steps", "skipped_images", "val_images",
+             "classes"}  # all else that an epoch logs is in percent
+
+
+def read_log(path):
+    """The lines of a run's log."""
+    path = Path(path)
+    path = path / "log.jsonl" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; give a folder that train.py wrote, or its log.jsonl")
+    try:
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        return [line for line in lines if line["step"] >= 0]
+    except (ValueError, KeyError, TypeError):
+        raise ValueError(f"{path} is not a log of train.py; give its log.jsonl") from None
+
+
+def curve(lines, key):
+    """{step: value} of the lines that have the key."""
+    return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+
+
+def pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("matplotlib is not installed; pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    return pyplot
+
+
+def draw_run(path, lines):
+    """Panels of one run: its losses, its learning rate, and what was evaluated in percent."""
+    epochs = [line for line in lines if "epoch" in line]
+    steps = [line for line in lines if "epoch" not in line]
+    names = set().union(*epochs)
+    shares = sorted(names - NO_SHARES)
+    plt = pyplot()
+    width = 12 if shares else 8
+    figure, axes = plt.subplots(1, 3 if shares else 2, figsize=(width, 3.4), layout="constrained")
+
+    # steps, then epochs
+    axes[0].plot(*zip(*curve(steps, "loss").items()), linewidth=0.7, alpha=0.5, label="loss of a step")
+    axes[1].plot(*zip(*curve(lines, "lr").items()))
+    panels = {"loss": [name for name in LOSSES if name in names], "learning rate": [], "%": shares}
+    for ax, (title, keys) in zip(axes, panels.items()):
+        for key in keys:
+            points = curve(epochs, key)
+            ax.plot(list(points), list(points.values()), ".-", label=key)
+        if keys:
+            ax.legend(fontsize=8)
+        ax.set(title=title, xlabel="training steps")
+        ax.grid(alpha=0.3)
+    axes[1].set_ylim(bottom=0)
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
 def save_curves(folder):
     """curves.png of the run in a folder, where matplotlib is installed and there are two epochs to connect."""
     try:
-        from experiments import curves
-
-        lines = curves.read_log(folder)
-        if sum("epoch" in line for line in lines) < 2:
-            return
-        curves.draw_run(folder / "curves.png", lines)
-        curves.pyplot().close("all")
+        lines = read_log(folder)
+        if sum("epoch" in line for line in lines) > 1:
+            draw_run(folder / "curves.png", lines)
     except Exception:  # no picture is worth a finished run
         pass
