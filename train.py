@@ -341,6 +341,8 @@ def start(args):
                 probe_both(args, line, world, stop, run.folder)
             else:
                 world.say(f"done: everything is in {run.folder}/")
+        if stop.signal is not None:  # it came after the last step: the run is complete, but what follows must not start
+            raise SystemExit(128 + stop.signal)
         return line
     except RuntimeError as error:
         sentence = lost_process(error)

@@ -413,6 +413,20 @@ def test_sigterm_to_the_whole_group_saves_and_ends_like_one_to_the_process(tmp_p
         os.killpg(run.pid, 0)
 
 
+def test_a_signal_in_the_last_evaluation_is_not_swallowed(tmp_path, monkeypatch):
+    """The run is complete, but whatever started it (experiments/claims.py, a loop of a shell) must not go on."""
+    evaluate = train.TASKS["classify"].evaluate
+
+    def interrupt(*rest):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(*rest)
+
+    monkeypatch.setattr(train.TASKS["classify"], "evaluate", interrupt)
+    with pytest.raises(SystemExit) as end:
+        start(f"{CLASSIFY} --epochs 1", tmp_path)
+    assert end.value.code == 128 + signal.SIGTERM and position(tmp_path)[0] == 1
+
+
 def test_sighup_saves_too(tmp_path, finished, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         on_each_loss(patch, lambda n, model, loss: os.kill(os.getpid(), signal.SIGHUP) if n == 4 else None)

@@ -81,7 +81,7 @@ def same_flags(args, saved, source="the run's own"):
     for name, value in vars(args).items():
         if name in saved and name not in free and value != saved[name]:
             raise ValueError(f"--{name.replace('_', '-')} {value} differs from {source} {saved[name]}; drop it or "
-                             "start a new run")
+                             f"start a new run, with --init {args.output_dir}/checkpoint.pt from these weights")
 
 
 def check_folder(args, world):
