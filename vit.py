@@ -50,8 +50,8 @@ def check_choice(name, value, choices):
 def attention(q, k, v, bias=None):
     """(3) without proj: q (B, h, N, d); k, v (B, h, M, d); bias (B, h, N, M) or broadcast -> (B, h, N, d)."""
     on_cpu = q.device.type == "cpu"
-    # A CPU without bf16 instructions takes longer in bf16 (autocast casts back to it): 1.4, 2.4, 6.2, 7.3 and 6.4
-    # times at 17, 65, 197, 577 and 1024 tokens, 1.1 times with the mask of windows; forward and backward pass
+    # A CPU without bf16 instructions takes longer in bf16 (autocast casts back to it): 1.3, 2.4, 6.2, 7.2 and 6.4
+    # times at 17, 65, 197, 577 and 1024 tokens, 1.2 times with MixMIM's masked windows; forward and backward pass
     if on_cpu and q.dtype == torch.bfloat16:
         with torch.autocast("cpu", enabled=False):
             bias = None if bias is None else bias.float()
