@@ -205,7 +205,8 @@ def fail(message):
 
 def parse(argv):
     parser = argparse.ArgumentParser(prog="bench.py", description=__doc__.split("\n\n")[0])
-    parser.error, flag = fail, parser.add_argument
+    parser.error = fail
+    flag = parser.add_argument
     only, modes, precisions = list(JOBS), ["eager", "compiled"], ["bf16", "fp32"]
     if DEVICE == "cpu":
         only, modes, precisions = only[:-2], modes[:1], precisions[1:]

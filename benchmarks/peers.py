@@ -89,8 +89,6 @@ class Job(NamedTuple):
     peer: Callable | None = None
 
 
-TIMM_VIT = partial(timm_model, "vit_base_patch16_224")
-TIMM_MIXER = partial(timm_model, "mixer_b16_224")
 # timm shrinks a window to the map, as we do; its default of stochastic depth is switched off
 TIMM_SWIN = partial(timm_model, "swin_base_patch4_window7_224", window_size=14, drop_path_rate=0.0)
 VIT = partial(create_vit, "vit_b16")
@@ -104,8 +102,8 @@ JOBS = {
     "mirl": Job(partial(mirl, "vit_s54"), images_only, 2, 64),
     "mixmim": Job(lambda: MixMIM(SWIN()), images_only, 2, 64),
     # classifiers: ViT-B/16, Mixer-B/16, MixMIM-B's encoder; SAM around AdamW on the ViT
-    "vit": Job(VIT, with_labels, 2, 64, 224, "timm", TIMM_VIT),
-    "mixer": Job(MIXER, with_labels, 2, 64, 224, "timm", TIMM_MIXER),
+    "vit": Job(VIT, with_labels, 2, 64, 224, "timm", partial(timm_model, "vit_base_patch16_224")),
+    "mixer": Job(MIXER, with_labels, 2, 64, 224, "timm", partial(timm_model, "mixer_b16_224")),
     "swin": Job(SWIN, with_labels, 2, 64, 224, "timm", TIMM_SWIN),
     "sam": Job(VIT, with_labels, 1, 64, 224, "pytorch_optimizer", VIT),
     # dense tasks: Mask R-CNN on a ResNet-50 and on a ViT-B/16, UperNet on a ViT-B/16
