@@ -1,4 +1,4 @@
-"""Ready for a GPU, without one: no forward pass makes a tensor on the CPU, and no step waits for the device but once."""
+"""Ready for a GPU, without one: a forward pass makes no tensor on the CPU, a step waits for the device only once."""
 
 import sys
 from contextlib import contextmanager
