@@ -66,9 +66,18 @@ def augmentation(name, img_size, mean, std, crop_ratio=None):
     else:
         raise ValueError(f"augment {name!r} is unknown; choose from {', '.join(AUGMENTATIONS)}")
 
-    transform = v2.Compose([*first, v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std), *last])
-    transform.draws_nothing = name == "none"  # so that a batch may go through at once
-    return transform
+    finish = v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)])
+    if last:
+        return Augmentation(v2.Compose([*first, finish, *last]), torch.nn.Identity())
+    return Augmentation(v2.Compose(first), finish)
+
+
+class Augmentation(NamedTuple):
+    draw: Callable  # of one image, all that is random
+    finish: Callable  # of one image or a whole batch
+
+    def __call__(self, image):
+        return self.finish(self.draw(image))
 
 
 def random_crop(img_size, smallest, interpolation=BICUBIC, antialias=True):

@@ -130,9 +130,10 @@ def leave_signals(worker):
 class Images(Dataset):
     """(epoch, index) -> (image, label, noise), noise (noise_size,) uniform, for the mask.
 
-    source    source[i] -> (uint8 image (3, H, W), label); has classes
-    indices   which of the source's images make up this set, None for all
-    views     above 1: image is (views, C, H, W), independent draws of the transform
+    source     source[i] -> (uint8 image (3, H, W), label); has classes
+    transform  of augmentation
+    indices    which of the source's images make up this set, None for all
+    views      above 1: image is (views, C, H, W), independent draws of the transform
     """
 
     def __init__(self, source, transform, seed=0, indices=None, noise_size=0, views=1):
@@ -143,27 +144,24 @@ class Images(Dataset):
     def __len__(self):
         return len(self.indices)
 
-    def __getitem__(self, key):
+    def draw(self, key):
+        """A sample that is not normalized yet. Call it inside `seeded`: it sets torch's generator."""
         epoch, index = key
-        with seeded(self.seed, epoch, index):
-            noise = torch.rand(self.noise_size)  # drawn first, so the mask does not depend on the augmentation
-            image, label = self.source[self.indices[index]]
-            if self.views > 1:
-                return torch.stack([self.transform(image) for _ in range(self.views)]), label, noise
-            return self.transform(image), label, noise
+        torch.default_generator.manual_seed(key_of(self.seed, epoch, index))
+        noise = torch.rand(self.noise_size)  # drawn first, so the mask does not depend on the augmentation
+        image, label = self.source[self.indices[index]]
+        if self.views > 1:
+            return torch.stack([self.transform.draw(image) for _ in range(self.views)]), label, noise
+        return self.transform.draw(image), label, noise
+
+    def __getitem__(self, key):
+        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys):
-        """The samples of a batch; of a set in memory without augmentation all at once, with the same draws."""
-        pixels = getattr(self.source, "images", None)
-        if pixels is None or self.views > 1 or not getattr(self.transform, "draws_nothing", False):
-            return [self[key] for key in keys]
-        rows = [self.indices[index] for _, index in keys]
-        generator, noise = torch.Generator(), []
-        for epoch, index in keys:
-            generator.manual_seed(key_of(self.seed, epoch, index))
-            noise.append(torch.rand(self.noise_size, generator=generator))
-        labels = [int(self.source.labels[row]) for row in rows]
-        return list(zip(self.transform(pixels[rows]), labels, noise))
+        """The samples of a batch, normalized all at once: one image at a time costs more than its crop."""
+        with seeded(self.seed, *keys[0]):
+            images, labels, noise = zip(*map(self.draw, keys))
+        return list(zip(self.transform.finish(torch.stack(images)), labels, noise))
 
 
 class Cifar(Dataset):

@@ -26,12 +26,13 @@ from collections import OrderedDict
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.models._utils import IntermediateLayerGetter
 
-from vit import resize_pos_embed
+from vit import resample
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -69,11 +70,11 @@ def split_side(size, window):
     return parts
 
 
-def attend_in_windows(attn, x, window=None, bias=None):
+def attend_in_windows(attn, x, window, tables):
     """(1): attention within each window of a map. x (B, H, W, D) -> (B, H, W, D).
 
     window  (rows, columns), None: the whole map
-    bias    a RelativeBias or None
+    tables  (3) for each size of window, of bias_tables; {}: no bias
     """
     height, width = x.shape[1:3]
     rows, columns = window or (height, width)
@@ -85,15 +86,16 @@ def attend_in_windows(attn, x, window=None, bias=None):
             part = x[:, top:bottom, left:right]
             n, m = (bottom - top) // h, (right - left) // w
             tokens = rearrange(part, "b (n h) (m w) d -> (b n m) (h w) d", h=h, w=w)
-            tokens = attn(tokens, None if bias is None else bias(h, w))
+            tokens = attn(tokens, tables.get((h, w)))
             strip.append(rearrange(tokens, "(b n m) (h w) d -> b (n h) (m w) d", n=n, m=m, h=h))
-        strips.append(torch.cat(strip, dim=2))
-    return torch.cat(strips, dim=1)
+        # torch.cat would copy even a single part
+        strips.append(torch.cat(strip, dim=2) if len(strip) > 1 else strip[0])
+    return torch.cat(strips, dim=1) if len(strips) > 1 else strips[0]
 
 
-def run_block(block, x, window, bias):
+def run_block(block, x, window, tables):
     """A block of vit.py on a map (B, H, W, D), with attention as in (1)."""
-    out = attend_in_windows(block.attn, block.norm1(x), window, bias)
+    out = attend_in_windows(block.attn, block.norm1(x), window, tables)
     x = x + block.drop_path(out if block.gamma_1 is None else block.gamma_1 * out)
     out = block.mlp(block.norm2(x))
     return x + block.drop_path(out if block.gamma_2 is None else block.gamma_2 * out)
@@ -126,7 +128,18 @@ class RelativeBias(nn.Module):
         # the row of the table for each pair of tokens
         row_length = 2 * window[1] - 1
         index = down[:, None, :, None] * row_length + right[None, :, None, :]  # (h, w, h, w)
-        return rearrange(table[index], "a b c d m -> m (a b) (c d)")
+        bias = F.embedding(index, table)  # its backward pass is faster than that of indexing
+        return rearrange(bias, "a b c d m -> m (a b) (c d)").contiguous()
+
+
+def bias_tables(bias, height, width, window):
+    """(3) for each size of window that a map is cut into: {(h, w): (heads, h w, h w)}."""
+    rows, columns = window or (height, width)
+    tables = {}
+    for _, _, h in split_side(height, rows):
+        for _, _, w in split_side(width, columns):
+            tables[h, w] = bias(h, w)
+    return tables
 
 
 # ---------------------------------------------------------------------------- pyramids
@@ -219,21 +232,23 @@ class ViTPyramid(nn.Module):
         ])
 
     def forward(self, x):
-        gh, _ = self.vit.grid(*x.shape[-2:])
-        x = rearrange(self.vit.embed(x), "b (h w) d -> b h w d", h=gh)
+        grid = self.vit.grid(*x.shape[-2:])
+        x = rearrange(self.vit.embed(x), "b (h w) d -> b h w d", h=grid[0])
 
-        # (1), (3)
+        # (3), once for all blocks
+        windows = {"window": self.window, "global": None}
+        tables = {"window": {}, "global": {}}
+        if self.bias is not None:
+            tables = {name: bias_tables(bias, *grid, windows[name]) for name, bias in self.bias.items()}
+
+        # (1)
         tapped = []
         for i, block in enumerate(self.vit.blocks):
-            is_global = i in self.global_blocks
-            window = None if is_global else self.window
-            bias = None
-            if self.bias is not None:
-                bias = self.bias["global" if is_global else "window"]
+            name = "global" if i in self.global_blocks else "window"
             if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run_block, block, x, window, bias, use_reentrant=False)
+                x = checkpoint(run_block, block, x, windows[name], tables[name], use_reentrant=False)
             else:
-                x = run_block(block, x, window, bias)
+                x = run_block(block, x, windows[name], tables[name])
             if i in self.taps:
                 tapped.append(rearrange(x, "b h w d -> b d h w"))
 
@@ -302,13 +317,6 @@ def as_pyramid(encoder, **options):
 def offsets(window):
     """How many offsets, (down, right), two tokens of a window can have."""
     return 2 * window[0] - 1, 2 * window[1] - 1
-
-
-def resample(rows, old, new):
-    """Bicubic, (h w, D) on the grid old = (h, w) -> the grid new. Equal grids: unchanged, bit for bit."""
-    if old == new:
-        return rows
-    return resize_pos_embed(rows.float()[None], old, new, prefix=0)[0]
 
 
 def take_over_positions(vit, bias, img_size):

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 from pathlib import Path
@@ -19,11 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 def machine(device):
     """A dict for a row; gpu only where device is "cuda", commit only inside a git repository."""
-    processor = platform.machine()
     cpuinfo = Path("/proc/cpuinfo")  # Linux
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = names[0].split(":")[1].strip() if names else processor
+    name = re.search(r"model name\s*: (.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    processor = name[1] if name else platform.machine()
     gpu = dict(gpu=torch.cuda.get_device_name()) if device == "cuda" else {}
     versions = dict(python=platform.python_version(), torch=torch.__version__, torchvision=torchvision.__version__)
     cores = dict(cores=os.cpu_count(), threads=torch.get_num_threads())

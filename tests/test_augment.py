@@ -138,7 +138,7 @@ def test_simclr_blurs_half_of_the_views_above_32_px_and_none_below(size, blurred
     checks = (torch.arange(size)[:, None] + torch.arange(size)) % 2 * 255
     image = checks.byte().expand(3, size, size)
     transform = augmentation("simclr", (size, size), (0, 0, 0), (1, 1, 1))
-    blur = [step for step in transform.transforms if "GaussianBlur" in repr(step)]
+    blur = [step for step in transform.draw.transforms if "GaussianBlur" in repr(step)]
     assert len(blur) == (blurred > 0)
     if blur:
         with seeded(0, 0, 0):

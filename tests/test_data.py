@@ -547,10 +547,16 @@ def test_the_default_run_hands_crop_ratio_and_input_scale_on_to_its_probe():
     assert {"crop_ratio", "mean_std"} <= set(probe.SAME_AS_PRETRAINING)
 
 
-@pytest.mark.parametrize("size", [(32, 32), (40, 32)])
-def test_a_batch_served_at_once_has_the_samples_one_by_one(size):
-    source = Shapes(12)
-    images = Images(source, augmentation("none", size, source.mean, source.std), seed=5, noise_size=7)
+@pytest.mark.parametrize("name", AUGMENTATIONS)
+def test_a_batch_is_normalized_at_once_to_the_bits_of_its_images_one_by_one(name):
+    source, shapes = Shapes(12), []
+    transform = augmentation(name, (40, 32), source.mean, source.std)
+    finish = transform.finish
+    counting = transform._replace(finish=lambda images: shapes.append(images.shape) or finish(images))
     keys = [(3, 4), (3, 0), (4, 4)]
-    for batch, single in zip(images.__getitems__(keys), map(images.__getitem__, keys), strict=True):
-        assert torch.equal(batch[0], single[0]) and batch[1] == single[1] and torch.equal(batch[2], single[2])
+    batch = Images(source, counting, seed=5, noise_size=7).__getitems__(keys)
+    assert shapes == [(3, 3, 40, 32)]
+    for key, (image, label, noise) in zip(keys, batch, strict=True):
+        with seeded(5, *key):
+            assert torch.equal(noise, torch.rand(7))
+            assert torch.equal(image, transform(source[key[1]][0])) and label == source[key[1]][1]

@@ -7,7 +7,7 @@ from torch import nn
 from checkpoints import encoder_options, load_pretrained
 from coco import check_target
 from detect import ViTPyramid, init_as_beit, vit_mask_rcnn
-from pyramid import RelativeBias
+from pyramid import RelativeBias, bias_tables
 from pyramid import attend_in_windows as attend
 from pyramid import split_side as pieces
 from mae import MAE
@@ -83,7 +83,8 @@ def test_windows_equal_padded_windows_whose_padding_is_masked(height, width, win
             ys, xs = slice(r * tall, (r + 1) * tall), slice(c * wide, (c + 1) * wide)
             hidden = torch.where(real[ys, xs].flatten(), 0.0, -torch.inf).double()
             out[:, ys, xs] = attn(padded[:, ys, xs].flatten(1, 2), bias(tall, wide) + hidden).view(2, tall, wide, 16)
-    torch.testing.assert_close(attend(attn, x, window, bias), out[:, :height, :width], rtol=0, atol=1e-12)
+    tables = bias_tables(bias, height, width, window)
+    torch.testing.assert_close(attend(attn, x, window, tables), out[:, :height, :width], rtol=0, atol=1e-12)
 
 
 def test_a_window_that_covers_the_map_is_global_attention():
@@ -99,7 +100,7 @@ def test_a_window_that_covers_the_map_is_global_attention():
 
 def test_nothing_leaks_between_windows():
     attn, x = Attention(16, 2), torch.randn(1, 7, 9, 16, requires_grad=True)
-    attend(attn, x, (3, 4))[0, 2, 3].sum().backward()  # the last place of the first window
+    attend(attn, x, (3, 4), {})[0, 2, 3].sum().backward()  # the last place of the first window
     seen = x.grad[0].abs().sum(-1) > 0
     assert seen[:3, :4].all() and not seen[3:].any() and not seen[:, 4:].any()
 
@@ -130,6 +131,14 @@ def test_zero_bias_changes_nothing_and_another_one_does():
     for bias in biased.bias.values():
         nn.init.normal_(bias.relative_position_bias_table)
     assert (plain(x)["3"] - biased(x)["3"]).abs().max() > 1e-3
+
+
+def test_a_step_reads_each_bias_once_for_all_blocks(monkeypatch):
+    model, sizes = ViTPyramid(vit(depth=8), window_size=3), []
+    read = RelativeBias.forward
+    monkeypatch.setattr(RelativeBias, "forward", lambda bias, h, w: sizes.append((h, w)) or read(bias, h, w))
+    model(torch.randn(1, 3, 64, 64))
+    assert sorted(sizes) == [(2, 2), (2, 3), (3, 2), (3, 3), (8, 8)]  # 8 = 3 + 3 + 2 tokens to each side
 
 
 def test_a_bias_is_read_by_offset_and_a_smaller_map_reads_the_middle():

@@ -22,7 +22,6 @@ from sam import SAM
 from training.flags import between, count, positive
 
 
-
 class LARS(torch.optim.Optimizer):
     """(4): each tensor moves by a fixed share of its own length, whatever its gradient's. For large batches."""
 
@@ -222,7 +221,7 @@ def clip_gradients(learner, limit):
     """Scale the gradients to a norm of at most `limit`, if there is one -> their norm."""
     grads = [p.grad for p in learner.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(grads)
-    if limit is not None and norm.isfinite():
+    if limit is not None:  # a norm that is not finite makes all gradients NaN, and the step is skipped
         torch.nn.utils.clip_grads_with_norm_(learner.parameters(), limit, norm)
     return norm
 
