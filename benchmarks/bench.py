@@ -214,7 +214,7 @@ def parse(argv):
     flag("--modes", nargs="+", default=modes, choices=("eager", "compiled"))
     flag("--precisions", nargs="+", default=precisions, choices=("fp32", "bf16"), help="bf16 is autocast")
     flag("--rounds", type=count, default=5)
-    flag("--budget", type=float, default=1e6, help="minutes after which the command ends")
+    flag("--budget", type=float, default=1e4, help="minutes after which the command ends")
     flag("--json", default=RESULTS, help="measurements, a line each")
     flag("--write", metavar="FILE", help="put the table between the marks in this file")
     flag("--one", type=json.loads, help=argparse.SUPPRESS)  # in a process of its own
