@@ -180,7 +180,7 @@ def check_annotation(entry, sizes, categories, masks):
     box, inside = entry.get("bbox"), False
     try:
         x, y, w, h = box
-        inside = -ROOM <= x <= x + w <= width + ROOM and -ROOM <= y <= y + h <= height + ROOM
+        inside = -ROOM <= x <= x + w <= width + ROOM and -ROOM <= y <= y + h <= height + ROOM and w >= 0 <= h
     except (TypeError, ValueError, OverflowError):
         pass  # not four, or no numbers
     if not inside:

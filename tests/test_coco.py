@@ -363,9 +363,10 @@ def test_a_large_scene_is_cropped_anywhere():
     assert min(starts) < 6 and max(starts) > 26  # 0 to 32
 
 
-def test_an_object_without_height_is_no_target_and_iscrowd_may_be_left_out(layout):
+@pytest.mark.parametrize("height", [0, 5e-324, 1e-96])
+def test_an_object_without_height_is_no_target_and_iscrowd_may_be_left_out(layout, height):
     def change(content):
-        content["annotations"][0].update(bbox=[5, 5, 10, 0])
+        content["annotations"][0].update(bbox=[5, 5, 10, height])
         content["annotations"][2].pop("iscrowd")
 
     source = CocoImages(layout(change))

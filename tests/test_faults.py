@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, PRETRAIN, RESNET, ROOT, SEGMENT, VIT, assert_same_bits, assert_same_run, checkpoint, command,
+    CLASSIFY, FOLDER, PRETRAIN, RESNET, ROOT, SEGMENT, VIT, assert_same_bits, assert_same_run, checkpoint, command,
     environment, epochs, interrupted_run, inventory, killed, log, on_each_loss, position, refused, start, weights)
 from test_optim import Poison
+from test_runs import BROKEN, save_images
 
 import train
 from checkpoints import read_checkpoint
@@ -149,6 +150,43 @@ def test_a_run_whose_last_steps_were_bad_ends_with_exit_1_and_the_last_good_chec
     on_each_loss(monkeypatch, lambda number, model, loss: loss * math.nan if number >= 5 else None)
     assert "last 2 steps" in ends(SHORT, tmp_path)
     assert position(tmp_path) == (1, 3)
+
+
+def on_each_evaluation(monkeypatch, task, act):
+    """act(figures, number), counted from 1, replaces the figures of every evaluation."""
+    task, count = train.TASKS[task], 0
+    evaluate = task.evaluate
+
+    def replaced(*given):
+        nonlocal count
+        count += 1
+        return act(evaluate(*given), count)
+
+    monkeypatch.setattr(task, "evaluate", replaced)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_whose_last_evaluation_is_not_finite_ends_with_exit_1_and_the_last_good_checkpoint(
+        tmp_path, finished, monkeypatch, value):
+    def act(line, epoch):
+        return line | dict(val_loss=value) if epoch == 2 else line
+
+    with monkeypatch.context() as patch:
+        on_each_evaluation(patch, "classify", act)
+        assert "validation loss is not finite after epoch 2" in ends(SHORT, tmp_path)
+    assert position(tmp_path) == (1, 3) and epochs(tmp_path)[-1]["val_loss"] is None
+    start("--resume", tmp_path)
+    assert_same_run(tmp_path, finished(SHORT))
+
+
+def test_a_run_goes_on_after_an_evaluation_that_is_not_finite(tmp_path, finished, monkeypatch):
+    def act(line, epoch):
+        return line | dict(val_loss=math.nan) if epoch == 1 else line
+
+    on_each_evaluation(monkeypatch, "classify", act)
+    start(SHORT, tmp_path)
+    assert position(tmp_path) == (2, 6)
+    assert_same_bits(weights(tmp_path), weights(finished(SHORT)))
 
 
 def test_bad_steps_count_across_a_resume(tmp_path, monkeypatch):
@@ -730,15 +768,28 @@ def test_curves_that_a_kill_prevented_are_drawn_on_resuming(tmp_path):
     assert (tmp_path / "curves.png").is_file()
 
 
-def test_a_run_refused_for_its_data_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def act(number, model, loss):
-        raise ValueError("cannot read image x.png")
-
-    with monkeypatch.context() as patch:
-        on_each_loss(patch, act)
-        refused(SHORT, capsys, tmp_path, before_training=False)
-    assert "--resume" in refused(SHORT, capsys, tmp_path)
-    start("--resume", tmp_path)
+@pytest.mark.parametrize("way_out", ["repaired", "--skip-bad"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # torch takes 10 s to end them
+def test_a_run_that_meets_a_broken_image_says_how_to_go_on(tmp_path, capsys, workers, way_out):
+    images = save_images(tmp_path / "set", train=6, val=6)
+    flags = f"{FOLDER} --data-path {images} --workers {workers}"
+    broken = images / BROKEN
+    content = broken.read_bytes()
+    if way_out == "repaired":
+        start(flags, tmp_path / "whole")
+    broken.write_bytes(content[:60])
+    if way_out == "--skip-bad":
+        start(f"{flags} --skip-bad", tmp_path / "whole")
+    with pytest.raises(SystemExit) as end:
+        start(flags, tmp_path / "run")
+    said, error = capsys.readouterr()
+    assert end.value.code == 2 and str(broken) in error and "--skip-bad" in error
+    assert said.splitlines()[-1].endswith(f"continue with --resume --output-dir {tmp_path / 'run'}")
+    if way_out == "repaired":
+        broken.write_bytes(content)
+    assert "--resume" in refused(flags, capsys, tmp_path / "run")  # the folder is taken, and the way out named
+    start("--resume" + (" --skip-bad" if way_out == "--skip-bad" else ""), tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_sentence_comes_without_warnings_of_others(tmp_path):

@@ -98,6 +98,8 @@ def test_unusual_but_valid_entries_are_accepted(tmp_path, change):
         (annotation(bbox=[5, 5, float("inf"), 15]), "11 .*bbox"),
         (annotation(bbox=[5, 5, NAN, 15]), "11 .*bbox"),
         (annotation(bbox=[5, 5, -10, 15]), "11 .*bbox"),
+        (annotation(bbox=[5, 5, -5e-96, 15]), "11 .*bbox"),
+        (annotation(bbox=[5, 5, 10, -1e-320]), "11 .*bbox"),
         (annotation(bbox=[30, 5, 25, 15]), "11 .*bbox"),
         (annotation(area=NAN), "11 .*area .NaN"),
         (annotation(area=-1), "11 .*area -1"),
