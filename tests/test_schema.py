@@ -1,9 +1,9 @@
 import json
-import os
 from array import array
 
 import numpy as np
 import pytest
+from small_runs import make_pipe
 
 import schema
 
@@ -183,7 +183,7 @@ def not_utf8(file):
         (lambda file: file.write_text('{"a": ' * 10**5), "nested"),
         (not_utf8, "UTF-8"),
         (lambda file: file.mkdir(), "regular file"),
-        (lambda file: os.mkfifo(file), "regular file"),
+        (make_pipe, "regular file"),
         (lambda file: None, "No such file"),
         (lambda file: file.write_text("no json"), "JSON"),
         (lambda file: file.write_text('{"images": 1' + "0" * 5000 + "}"), "JSON|images"),
