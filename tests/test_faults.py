@@ -18,7 +18,8 @@ import pytest
 import torch
 from small_runs import (
     CLASSIFY, FOLDER, PRETRAIN, RESNET, ROOT, SEGMENT, VIT, assert_same_bits, assert_same_run, checkpoint, command,
-    environment, epochs, interrupted_run, inventory, killed, log, make_pipe, on_each_loss, position, refused, start, weights)
+    environment, epochs, interrupted_run, inventory, killed, log, make_pipe, on_each_loss, position, refused, start,
+    weights)
 from test_optim import Poison
 from test_runs import BROKEN, save_images
 

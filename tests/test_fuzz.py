@@ -28,7 +28,7 @@ from checkpoints import load_pretrained, read_checkpoint
 from semantic import SemanticFolder
 from tasks import classify
 from test_schema import content as coco_content
-from training import optim, runs
+from training import encoders, optim, runs
 from training.flags import expand
 from training.world import World
 from vit import ViT
@@ -347,7 +347,7 @@ def test_any_state_dict_is_refused_or_loaded_with_finite_weights(examples):
 def test_any_flags_in_a_checkpoint_of_ours_are_refused_or_make_its_encoder(interrupted, tmp_path, examples):
     saved = checkpoint_of(interrupted)
     file = tmp_path / "x.pt"
-    names = ["model", "img_size", "patch_size", "embed_dim", "depth", "num_heads", "window_size", "class_token", "method"]
+    names = ["model", "method", "img_size", *encoders.SIZES]
 
     def check(name, new, task):
         args = {**saved["args"], name: new}
