@@ -473,7 +473,6 @@ def test_python_exits_though_loading_processes_are_alive(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import training.world
 from data import TrainBatches, make_loader
 
 class Numbers(torch.utils.data.Dataset):

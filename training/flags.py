@@ -8,7 +8,6 @@ Needs: nothing but Python.
 
 import argparse
 import difflib
-import math
 import os
 import re
 
