@@ -483,7 +483,7 @@ loader = make_loader(Numbers(), TrainBatches(8, 2, 0), 1, torch.device("cpu"))  
 print(sum(len(batch) for batch in loader))
 """)
     done = subprocess.run([sys.executable, "alive.py"], cwd=tmp_path, env=environment(), capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=180)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
@@ -652,6 +652,10 @@ BOUNDS = ["--depth 2147483648", "--depth 100000", "--embed-dim 92233720368547758
 
 @pytest.mark.parametrize("flags", BOUNDS, ids=lambda flags: flags[:40])
 def test_a_number_beyond_what_makes_sense_is_refused_by_name(tmp_path, monkeypatch, capsys, flags):
+    def build(args):
+        pytest.fail("it is taken, and a model of this size built")
+
+    monkeypatch.setattr(train.TASKS["classify"], "complete", build)
     monkeypatch.chdir(tmp_path)
     error = refused(f"--task classify {VIT} {flags}", capsys)
     assert flags.rpartition("--")[2].split()[0] in error
