@@ -52,6 +52,7 @@ class CocoImages:
     mean = IMAGENET_MEAN
     std = IMAGENET_STD
 
+    @schema.uncollected()
     def __init__(self, root, split="train2017", class_agnostic=False, masks=True):
         _, coco, _ = need_pycocotools()
         self.folder, self.masks = Path(root) / split, masks
@@ -111,6 +112,8 @@ class CocoImages:
 
     def truth(self):
         """pycocotools' COCO, crowds included."""
+        for entry in self.coco.dataset["annotations"]:
+            entry["bbox"] = list(entry["bbox"])  # what it takes
         return self.coco
 
 
@@ -253,9 +256,7 @@ def coco_evaluate(
     was_training = model.training
     model.eval()
     results, covered, boxes = [], 0, 0
-    for images, targets in tqdm(
-        loader, desc="evaluate", leave=False, disable=None if progress else True
-    ):
+    for images, targets in tqdm(loader, desc="evaluate", leave=False, disable=None if progress else True):
         with proposals_of(model) as proposals:
             outputs = model([image.to(device) for image in images])
         for output, target in zip(outputs, targets, strict=True):
@@ -290,9 +291,7 @@ def average_precision(results, truth, kind, image_ids):
     # without the boxes of masks: pycocotools would take a box's area for the mask's
     other = "segmentation" if kind == "box" else "bbox"
     results = [{key: value for key, value in result.items() if key != other} for result in results]
-    judge = cocoeval.COCOeval(
-        truth, quietly(truth.loadRes, results), "bbox" if kind == "box" else "segm"
-    )
+    judge = cocoeval.COCOeval(truth, quietly(truth.loadRes, results), "bbox" if kind == "box" else "segm")
     if image_ids is not None:
         judge.params.imgIds = sorted(image_ids)
     quietly(judge.evaluate)
@@ -358,7 +357,8 @@ def quietly(function, *args):
 def check_images(images, folder, file):
     """ValueError unless every image of the file is there."""
     names = [image["file_name"] for image in images]
-    missing = [name for name in names if not os.path.isfile(os.path.join(folder, name))]
+    listed = set(os.listdir(folder)) if os.path.isdir(folder) else ()  # once: a look at each file takes seconds
+    missing = [name for name in names if name not in listed and not os.path.isfile(os.path.join(folder, name))]
     if missing:
         first = shown(missing[0])
         raise ValueError(f"{shown(folder)} lacks {len(missing)} of {len(names)} images of {file}, first {first}")
@@ -375,10 +375,8 @@ def check_target(image, target, num_classes, name="image"):
     height, width = image.shape[-2:]
     n = len(boxes)
     if boxes.shape != (n, 4) or labels.shape != (n,) or masks.shape != (n, height, width):
-        raise ValueError(
-            f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks "
-            f"{tuple(masks.shape)} must be (n, 4), (n,) and (n, {height}, {width})"
-        )
+        raise ValueError(f"{name}: boxes {tuple(boxes.shape)}, labels {tuple(labels.shape)} and masks "
+                         f"{tuple(masks.shape)} must be (n, 4), (n,) and (n, {height}, {width})")
     good = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # not of NaN
     good &= (boxes == clip_boxes_to_image(boxes, (height, width))).all(dim=1)
     if not good.all():
@@ -404,16 +402,10 @@ if __name__ == "__main__":
             boxes = target["boxes"] + torch.tensor([shift, 0, shift, 0])
             masks = target["masks"].roll(shift, dims=2)[:, None].float()
             return [
-                dict(
-                    boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks
-                )
+                dict(boxes=boxes, labels=target["labels"], scores=torch.ones(len(boxes)), masks=masks)
             ]
 
         model.forward = forward
-        result = coco_evaluate(
-            model, [as_lists([sample]) for sample in samples], source.truth(), source.ids
-        )
-        print(
-            f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}"
-        )
+        result = coco_evaluate(model, [as_lists([sample]) for sample in samples], source.truth(), source.ids)
+        print(f"moved by {shift} pixels: box AP {result['box_ap']:.2f}, mask AP {result['mask_ap']:.2f}")
     print("(expect 1.00 at 0, then less and less: AP needs tight boxes)")

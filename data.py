@@ -15,6 +15,8 @@ Needs: torch, torchvision, tqdm; augment.py, files.py, shapes.py.
 Demo: python data.py (a few seconds) saves data_demo.png, one image under each augmentation.
 """
 
+import atexit
+import multiprocessing.util  # whose own function at exit must be registered before ours, to run after it
 import os
 import signal
 from contextlib import contextmanager
@@ -122,6 +124,16 @@ def leave_signals(worker):
     """Ctrl-C and a job's SIGTERM reach every process, but only the main one should act; workers end with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """At exit Python would end loading processes by SIGTERM, which they ignore, and wait for ever."""
+    workers = [process for process in multiprocessing.active_children() if process.daemon]
+    if workers and hasattr(signal, "SIGCHLD"):  # not on Windows
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call them lost
+    for process in workers:
+        process.kill()
 
 
 # ---------------------------------------------------------------------------- image sets

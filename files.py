@@ -23,20 +23,10 @@ from PIL import Image, ImageOps  # comes with torchvision
 from torchvision.transforms import v2
 
 # PIL knows more, and would run Ghostscript on a PostScript file
-FORMATS = (
-    "JPEG",
-    "PNG",
-    "WEBP",
-    "BMP",
-    "TIFF",
-    "PPM",
-    "GIF",
-)
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "PPM", "GIF")
 # what PIL raises on broken files
 BROKEN = (OSError, SyntaxError, ValueError, EOFError, struct.error, Image.DecompressionBombError)
-warnings.filterwarnings(
-    "ignore", module=r"PIL\."
-)  # of odd metadata in files that are read all the same
+warnings.filterwarnings("ignore", module=r"PIL\.")  # of odd metadata in files that are read all the same
 
 
 # ---------------------------------------------------------------------------- text
@@ -59,9 +49,7 @@ def read_text(file):
     try:
         return Path(file).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{shown(file)} is not UTF-8 (byte {error.start}); save it as UTF-8"
-        ) from None
+        raise ValueError(f"{shown(file)} is not UTF-8 (byte {error.start}); save it as UTF-8") from None
     except OSError as error:
         raise ValueError(f"cannot read {shown(file)} ({error.strerror})") from None
 
@@ -79,9 +67,7 @@ def open_picture(path):
             yield picture
     except BROKEN as error:
         reason = shown(str(error).splitlines()[0]) if str(error) else type(error).__name__
-        raise ValueError(
-            f"cannot read image {shown(path)} ({reason}); repair or remove it"
-        ) from None
+        raise ValueError(f"cannot read image {shown(path)} ({reason}); repair or remove it") from None
 
 
 def read_image(path):
@@ -139,15 +125,11 @@ if __name__ == "__main__":
         lying.save(f"{folder}/lying.jpg", exif=exif)
         Image.new("RGBA", (30, 20), (0, 0, 0, 0)).save(f"{folder}/transparent.png")
         Image.new("I;16", (30, 20), 0x8000).save(f"{folder}/sixteen.png")
-        Path(folder, "program.jpg").write_bytes(
-            b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n"
-        )
+        Path(folder, "program.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
         for name in sorted(os.listdir(folder)):
             try:
                 image = read_image(f"{folder}/{name}")
                 print(f"{name:16} {tuple(image.shape)}, mean {image.float().mean():.0f}")
             except ValueError as error:
                 print(str(error).replace(f"{folder}/", ""))
-    print(
-        "(expect 30 rows of lying.jpg, 255 for transparent.png, 128 for sixteen.png, and no program)"
-    )
+    print("(expect 30 rows of lying.jpg, 255 for transparent.png, 128 for sixteen.png, and no program)")

@@ -30,9 +30,7 @@ from files import open_picture, read_image, read_text, shown
 from shapes import Shapes
 
 IGNORE = 255
-DISTORTIONS = dict(
-    brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05)
-)
+DISTORTIONS = dict(brightness=(0.875, 1.125), contrast=(0.5, 1.5), saturation=(0.5, 1.5), hue=(-0.05, 0.05))
 FOLDERS = {  # layout -> folders of images and masks for training, then for validation
     "ade20k": [
         ("images/training", "annotations/training"),
@@ -61,9 +59,7 @@ class SemanticFolder:
 
     def __init__(self, layout, root, train=True):
         if layout not in FOLDERS:
-            raise ValueError(
-                f"data {layout!r} has no label for every pixel; choose shapes, ade20k or coco"
-            )
+            raise ValueError(f"data {layout!r} has no label for every pixel; choose shapes, ade20k or coco")
         if root is None:
             raise ValueError(f"data {layout!r} needs --data-path")
         folders = FOLDERS[layout][0 if train else 1]
@@ -105,21 +101,15 @@ class SemanticFolder:
         mask = read_mask(file)
         if image.shape[1:] != mask.shape:
             sizes = ["x".join(map(str, size)) for size in (mask.shape, image.shape[1:])]
-            raise ValueError(
-                f"{shown(file)}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a "
-                "mask by nearest neighbor)"
-            )
+            raise ValueError(f"{shown(file)}: the mask is {sizes[0]}, the image {sizes[1]}; resize one of them (a "
+                             "mask by nearest neighbor)")
         labels = self.table[mask.int()]
         if (labels < 0).any():
-            raise ValueError(
-                f"{shown(file)}: value {mask[labels < 0][0]} is none of the {len(self.classes)} ids; "
-                "map it, or write 0 to ignore it"
-            )
+            raise ValueError(f"{shown(file)}: value {mask[labels < 0][0]} is none of the {len(self.classes)} ids; "
+                             "map it, or write 0 to ignore it")
         if (labels == IGNORE).all():
-            raise ValueError(
-                f"{shown(file)}: every pixel is 0, which is ignored; label some, or remove image and "
-                "mask"
-            )
+            raise ValueError(f"{shown(file)}: every pixel is 0, which is ignored; label some, or remove image and "
+                             "mask")
         return image, labels.to(torch.uint8)
 
 
@@ -265,10 +255,8 @@ class Segmentations(Dataset):
         shorter = min(size)
         low, high = (round(shorter * scale) for scale in scale_range)
         if not 1 <= low <= high:
-            raise ValueError(
-                f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
-                f"least a pixel of {shorter}; try (0.5, 2.0)"
-            )
+            raise ValueError(f"scale_range {scale_range} must be two factors, the smaller first, that leave at "
+                             f"least a pixel of {shorter}; try (0.5, 2.0)")
         mean, std = mean or source.mean, std or source.std
         to_float, normalize = v2.ToDtype(torch.float32, scale=True), v2.Normalize(mean, std)
         if train:
@@ -358,17 +346,13 @@ def save_segments(path, images, labels, predictions, classes, cell=160, largest=
     predicted = [paint(part[::step, ::step], classes) for part in predictions]
     inputs = []
     for image, part in zip(images, truth, strict=True):
-        inputs.append(
-            F.interpolate(image[None].cpu(), part.shape[1:], mode="bilinear", antialias=True)[0]
-        )
+        inputs.append(F.interpolate(image[None].cpu(), part.shape[1:], mode="bilinear", antialias=True)[0])
 
     # one size for all, then the legend
     height, width = (max(part.shape[side] for part in truth) for side in (1, 2))
     columns = {}
     for name, column in {"image": inputs, "truth": truth, "prediction": predicted}.items():
-        padded = [
-            F.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=1.0) for p in column
-        ]
+        padded = [F.pad(p, (0, width - p.shape[-1], 0, height - p.shape[-2]), value=1.0) for p in column]
         columns[name] = torch.stack(padded)
     shapes.save_grid(path, columns, cell)
     numbers = torch.cat([part.cpu().flatten().long() for part in (*labels, *predictions)]).unique()
@@ -389,27 +373,17 @@ if __name__ == "__main__":
         for i in range(5):
             image, labels = source.sample(i) if epoch is None else train[epoch, i]
             image = image / 255 if epoch is None else image * std + mean
-            for title, picture in (
-                (name, image),
-                (f"{name}, labels", paint(labels, source.classes)),
-            ):
+            for title, picture in ((name, image), (f"{name}, labels", paint(labels, source.classes))):
                 columns.setdefault(title, []).append(v2.functional.resize(picture, [96, 96]))
     shapes.save_grid(
         "semantic_demo.png", {title: torch.stack(pictures) for title, pictures in columns.items()}
     )
 
     pairs = [train[0, i] for i in range(5)]
-    images, labels = (
-        torch.stack([image for image, _ in pairs]),
-        torch.stack([part for _, part in pairs]),
-    )
+    images, labels = (torch.stack([image for image, _ in pairs]), torch.stack([part for _, part in pairs]))
     outside = labels == IGNORE
-    print(
-        f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect "
-        f"True)"
-    )
+    print(f"the same (seed, epoch, index) gives the same pair: {torch.equal(train[0, 3][0], images[3])} (expect "
+          f"True)")
     zero = not images.movedim(1, -1)[outside].any()
-    print(
-        f"{outside.sum()} pixels beyond the scenes, all zero after normalization: {zero} (expect True)"
-    )
+    print(f"{outside.sum()} pixels beyond the scenes, all zero after normalization: {zero} (expect True)")
     print("saved semantic_demo.png")

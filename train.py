@@ -191,7 +191,7 @@ def fit(args, task, world, run, stop):
             if data.final or not data.learner:
                 run.save_picture(task, model if data.learner else judged, data)
         at.loss_sum, at.loss_count = 0.0, 0
-        if at.bad_in_a_row == 0:
+        if run.fault(at) is None:
             run.save(at, epoch + 1)
     run.finish(at)
     return at.line

@@ -54,6 +54,9 @@ def complete(args):
     if published and args.model.startswith("resnet"):
         raise ValueError(f"--style mae trains in batches, in which the BatchNorm of {args.model} would move; take "
                          "another style")
+    if published and args.batch_size == 1:
+        raise ValueError("--batch-size 1 leaves --style mae, which normalizes by each batch, nothing to average over; "
+                         "take at least 2")
     if not published and args.augment not in (None, "none"):
         raise ValueError(f"--augment {args.augment} acts with --style mae only: the others compute features once")
     if args.style == "lbfgs":

@@ -1,11 +1,14 @@
 """What the tests of training share: tiny models, starting a run, reading what it left, interrupting it."""
 
+import contextlib
 import json
 import os
 import re
 import socket
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +148,19 @@ def judged(folder, batch_size):
     loader = make_loader(data.val, batches, 0, CPU, data.val_collate)
     with torch.no_grad():
         return task.evaluate(run.model, loader, run.args, data, world)
+
+
+def make_pipe(path):
+    """A pipe. Who opens it would wait for ever; here it ends after a moment, so that a test fails and does not hang."""
+    os.mkfifo(path)
+
+    def end():
+        for _ in range(40):
+            time.sleep(0.05)
+            with contextlib.suppress(OSError):  # nobody has opened it
+                os.close(os.open(path, os.O_WRONLY | os.O_NONBLOCK))
+
+    threading.Thread(target=end, daemon=True).start()
 
 
 def inventory(folder):

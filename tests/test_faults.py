@@ -17,9 +17,11 @@ from pathlib import Path
 import pytest
 import torch
 from small_runs import (
-    CLASSIFY, PRETRAIN, RESNET, ROOT, SEGMENT, VIT, assert_same_bits, assert_same_run, checkpoint, command,
-    environment, epochs, interrupted_run, inventory, killed, log, on_each_loss, position, refused, start, weights)
+    CLASSIFY, FOLDER, PRETRAIN, RESNET, ROOT, SEGMENT, VIT, assert_same_bits, assert_same_run, checkpoint, command,
+    environment, epochs, interrupted_run, inventory, killed, log, make_pipe, on_each_loss, position, refused, start,
+    weights)
 from test_optim import Poison
+from test_runs import BROKEN, save_images
 
 import train
 from checkpoints import read_checkpoint
@@ -94,6 +96,8 @@ def test_a_skipped_batch_leaves_no_trace_in_batch_norm(tmp_path, monkeypatch, fl
     saved = checkpoint(tmp_path)
     for part in ("model", "ema"):
         assert all(value.isfinite().all() for value in saved.get(part, {}).values())
+    if "ema" in saved:
+        assert saved["ema"]["n_averaged"] == line["step"] - 1
 
 
 @pytest.mark.parametrize("flags", ["", "--optimizer sgd", "--clip-grad 1", "--optimizer sgd --clip-grad 1"])
@@ -149,6 +153,43 @@ def test_a_run_whose_last_steps_were_bad_ends_with_exit_1_and_the_last_good_chec
     on_each_loss(monkeypatch, lambda number, model, loss: loss * math.nan if number >= 5 else None)
     assert "last 2 steps" in ends(SHORT, tmp_path)
     assert position(tmp_path) == (1, 3)
+
+
+def on_each_evaluation(monkeypatch, task, act):
+    """act(figures, number), counted from 1, replaces the figures of every evaluation."""
+    task, count = train.TASKS[task], 0
+    evaluate = task.evaluate
+
+    def replaced(*given):
+        nonlocal count
+        count += 1
+        return act(evaluate(*given), count)
+
+    monkeypatch.setattr(task, "evaluate", replaced)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_run_whose_last_evaluation_is_not_finite_ends_with_exit_1_and_the_last_good_checkpoint(
+        tmp_path, finished, monkeypatch, value):
+    def act(line, epoch):
+        return line | dict(val_loss=value) if epoch == 2 else line
+
+    with monkeypatch.context() as patch:
+        on_each_evaluation(patch, "classify", act)
+        assert "validation loss is not finite after epoch 2" in ends(SHORT, tmp_path)
+    assert position(tmp_path) == (1, 3) and epochs(tmp_path)[-1]["val_loss"] is None
+    start("--resume", tmp_path)
+    assert_same_run(tmp_path, finished(SHORT))
+
+
+def test_a_run_goes_on_after_an_evaluation_that_is_not_finite(tmp_path, finished, monkeypatch):
+    def act(line, epoch):
+        return line | dict(val_loss=math.nan) if epoch == 1 else line
+
+    on_each_evaluation(monkeypatch, "classify", act)
+    start(SHORT, tmp_path)
+    assert position(tmp_path) == (2, 6)
+    assert_same_bits(weights(tmp_path), weights(finished(SHORT)))
 
 
 def test_bad_steps_count_across_a_resume(tmp_path, monkeypatch):
@@ -297,13 +338,13 @@ def test_a_run_that_goes_on_may_be_costed_first(halfway, capsys):
 def test_an_args_json_that_is_no_file_gives_way_to_the_checkpoint(halfway, kind, capsys):
     run, whole = halfway
     (run / "args.json").unlink()
-    (run / "args.json").mkdir() if kind == "folder" else os.mkfifo(run / "args.json")
-    try:
-        start("--resume", run)
-    except SystemExit as end:
-        assert end.code == 2
-    else:
-        assert_same_run(run, whole)
+    if kind == "folder":
+        (run / "args.json").mkdir()
+        assert "args.json" in refused("--resume", capsys, run) or "output-dir" in refused("--resume", capsys, run)
+        return
+    make_pipe(run / "args.json")
+    start("--resume", run)
+    assert_same_run(run, whole)
 
 
 def test_args_json_is_renamed_into_place_and_a_cut_one_without_a_checkpoint_counts_as_none(
@@ -428,9 +469,14 @@ def test_a_signal_in_the_last_evaluation_is_not_swallowed(tmp_path, monkeypatch)
 
 
 def test_sighup_saves_too(tmp_path, finished, monkeypatch):
+    def missed(*_):
+        pytest.fail("nothing listens to SIGHUP")
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        before = signal.signal(signal.SIGHUP, missed)
         on_each_loss(patch, lambda n, model, loss: os.kill(os.getpid(), signal.SIGHUP) if n == 4 else None)
         start(SHORT, tmp_path)
+    signal.signal(signal.SIGHUP, before)
     assert end.value.code == 128 + signal.SIGHUP and position(tmp_path)[1] == 4
     start("--resume", tmp_path)
     assert_same_run(tmp_path, finished(SHORT))
@@ -441,7 +487,6 @@ def test_python_exits_though_loading_processes_are_alive(tmp_path):
 import sys
 sys.path.insert(0, {str(ROOT)!r})
 import torch
-import training.world
 from data import TrainBatches, make_loader
 
 class Numbers(torch.utils.data.Dataset):
@@ -452,7 +497,7 @@ loader = make_loader(Numbers(), TrainBatches(8, 2, 0), 1, torch.device("cpu"))  
 print(sum(len(batch) for batch in loader))
 """)
     done = subprocess.run([sys.executable, "alive.py"], cwd=tmp_path, env=environment(), capture_output=True,
-                          text=True, timeout=60)
+                          text=True, timeout=180)
     assert (done.returncode, done.stdout, done.stderr) == (0, "8\n", "")
 
 
@@ -586,7 +631,7 @@ def test_a_recipe_that_cannot_be_read_is_one_sentence_with_the_line(tmp_path, mo
 @pytest.mark.parametrize("file", ["/dev/zero", "pipe", ".", "missing"])
 def test_a_recipe_that_is_no_regular_file_is_one_sentence(tmp_path, monkeypatch, capsys, file):
     monkeypatch.chdir(tmp_path)
-    os.mkfifo("pipe")
+    make_pipe("pipe")
     assert file in refused(f"@{file}", capsys)
 
 
@@ -621,6 +666,10 @@ BOUNDS = ["--depth 2147483648", "--depth 100000", "--embed-dim 92233720368547758
 
 @pytest.mark.parametrize("flags", BOUNDS, ids=lambda flags: flags[:40])
 def test_a_number_beyond_what_makes_sense_is_refused_by_name(tmp_path, monkeypatch, capsys, flags):
+    def build(args):
+        pytest.fail("it is taken, and a model of this size built")
+
+    monkeypatch.setattr(train.TASKS["classify"], "complete", build)
     monkeypatch.chdir(tmp_path)
     error = refused(f"--task classify {VIT} {flags}", capsys)
     assert flags.rpartition("--")[2].split()[0] in error
@@ -744,15 +793,28 @@ def test_curves_that_a_kill_prevented_are_drawn_on_resuming(tmp_path):
     assert (tmp_path / "curves.png").is_file()
 
 
-def test_a_run_refused_for_its_data_says_how_to_go_on(tmp_path, monkeypatch, capsys):
-    def act(number, model, loss):
-        raise ValueError("cannot read image x.png")
-
-    with monkeypatch.context() as patch:
-        on_each_loss(patch, act)
-        refused(SHORT, capsys, tmp_path, before_training=False)
-    assert "--resume" in refused(SHORT, capsys, tmp_path)
-    start("--resume", tmp_path)
+@pytest.mark.parametrize("way_out", ["repaired", "--skip-bad"])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])  # torch takes 10 s to end them
+def test_a_run_that_meets_a_broken_image_says_how_to_go_on(tmp_path, capsys, workers, way_out):
+    images = save_images(tmp_path / "set", train=6, val=6)
+    flags = f"{FOLDER} --data-path {images} --workers {workers}"
+    broken = images / BROKEN
+    content = broken.read_bytes()
+    if way_out == "repaired":
+        start(flags, tmp_path / "whole")
+    broken.write_bytes(content[:60])
+    if way_out == "--skip-bad":
+        start(f"{flags} --skip-bad", tmp_path / "whole")
+    with pytest.raises(SystemExit) as end:
+        start(flags, tmp_path / "run")
+    said, error = capsys.readouterr()
+    assert end.value.code == 2 and str(broken) in error and "--skip-bad" in error
+    assert said.splitlines()[-1].endswith(f"continue with --resume --output-dir {tmp_path / 'run'}")
+    if way_out == "repaired":
+        broken.write_bytes(content)
+    assert "--resume" in refused(flags, capsys, tmp_path / "run")  # the folder is taken, and the way out named
+    start("--resume" + (" --skip-bad" if way_out == "--skip-bad" else ""), tmp_path / "run")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_sentence_comes_without_warnings_of_others(tmp_path):

@@ -1,4 +1,3 @@
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -6,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from small_runs import make_pipe
 
 from files import read_image, shown
 
@@ -89,10 +89,15 @@ def postscript(file):
     file.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
 
 
-@pytest.mark.parametrize("make", [os.mkfifo, lambda file: file.mkdir(), postscript, lambda file: file.write_bytes(b"")])
-def test_what_is_no_image_file_is_named_and_does_not_hang(tmp_path, make):
+@pytest.mark.parametrize("make, reason", [
+    (make_pipe, "no regular file"),
+    (lambda file: file.mkdir(), "no regular file"),
+    (postscript, "cannot identify"),
+    (lambda file: file.write_bytes(b""), "cannot identify"),
+])
+def test_what_is_no_image_file_is_named_and_does_not_hang(tmp_path, make, reason):
     make(tmp_path / "a.jpg")
-    with pytest.raises(ValueError, match="a.jpg") as error:
+    with pytest.raises(ValueError, match=f"a.jpg .*{reason}") as error:
         read_image(tmp_path / "a.jpg")
     assert "\n" not in str(error.value)
 

@@ -118,6 +118,7 @@ def test_maes_probe_trains_batch_norm_and_head_on_new_crops(pretrained, tmp_path
 
 @pytest.mark.parametrize("flags, words", [
     ("--style mae --model resnet8", ("--style mae", "resnet8")),
+    ("--style mae --batch-size 1", ("--batch-size 1", "--style mae")),
     ("--style adamw --augment crop", ("--augment crop", "--style mae")),
     ("--style mae --penalties 0.1", ("--penalties", "lbfgs")),
 ])

@@ -1,11 +1,11 @@
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from small_runs import make_pipe
 from torchvision.transforms.functional import to_pil_image
 
 from data import as_lists
@@ -171,7 +171,7 @@ def test_other_spellings_of_jpg_are_read_and_two_of_one_name_are_refused(tmp_pat
 def test_a_pipe_in_place_of_a_mask_is_named_and_does_not_hang(tmp_path):
     root, _, masks = write(tmp_path, "ade20k")
     (masks / "a.png").unlink()
-    os.mkfifo(masks / "a.png")
+    make_pipe(masks / "a.png")
     with pytest.raises(ValueError, match="a.png is no regular file"):
         SemanticFolder("ade20k", root).sample(0)
 

@@ -20,7 +20,7 @@ import mixer
 import resnet
 import vit
 from checkpoints import encoder_options, load_pretrained, read_checkpoint
-from training.flags import between, count, path
+from training.flags import Parser, between, count, path
 
 PRESETS = {vit.ViT: vit.PRESETS, hierarchical.HierarchicalViT: hierarchical.PRESETS, mixer.Mixer: mixer.PRESETS,
            resnet.ResNet: resnet.PRESETS}
@@ -135,7 +135,7 @@ def inherit(args, default_model="vit_demo", **defaults):
     file = init_file(args)
     args.init_options = args.init_options or {}
     if isinstance(file.get("args"), dict):
-        take_over(args, file["args"])
+        take_over(args, typed(file["args"], init))
     args.model = args.model or default_model
     if file and is_vit(args):
         try:
@@ -146,6 +146,17 @@ def inherit(args, default_model="vit_demo", **defaults):
     for name, value in defaults.items():
         if not named and getattr(args, name) is None:
             setattr(args, name, value)
+
+
+def typed(saved, init):
+    """The flags in a checkpoint of ours; those of the encoder are checked as if they were given."""
+    parser = Parser(add_help=False)
+    encoder_flags(parser.add_argument, init=False)
+    words = parser.as_argv({name: saved.get(name) for name in ("model", "img_size", *SIZES)})
+    try:
+        return {**saved, **vars(parser.parse_known_args(words)[0])}
+    except ValueError as error:
+        raise ValueError(f"--init {init}: its args are of no encoder ({error}); is the file damaged?") from None
 
 
 def take_over(args, saved):

@@ -31,9 +31,9 @@ from training.optim import check_state
 
 RUN_FILES = ("args.json", "log.jsonl", "checkpoint.pt")
 # flags that may differ when a run is resumed, and when it is judged only
-MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path", "eval_only", "dry_run")
-TO_JUDGE = ("device", "precision", "batch_size", "val_images", "crop_ratio", "mean_std", "skip_bad", "val_share",
-            "class_names", "eval_corruptions", "eval_pgd", "attack_eps", "data", "data_size", "data_seed", "scenes")
+MAY_DIFFER = ("resume", "output_dir", "workers", "save_minutes", "data_path", "skip_bad", "eval_only", "dry_run")
+TO_JUDGE = ("device", "precision", "batch_size", "val_images", "crop_ratio", "mean_std", "val_share", "class_names",
+            "eval_corruptions", "eval_pgd", "attack_eps", "data", "data_size", "data_seed", "scenes")
 
 
 # ---------------------------------------------------------------------------- flags, and those of an earlier run
@@ -116,7 +116,7 @@ class Run:
     def __init__(self, args, world, folder=None, hint=None):
         self.args, self.world, self.hint, self.file = args, world, hint, None
         self.folder = None if folder is None else Path(folder)
-        self.saved = None
+        self.saved, self.saved_at = None, None
         if args.resume and (self.folder / "checkpoint.pt").is_file():
             self.saved = read_checkpoint(self.folder / "checkpoint.pt")
             if isinstance(self.saved.get("args"), dict):
@@ -156,7 +156,6 @@ class Run:
     def open(self, data):
         """Every check is passed: only now does the run leave a trace. data: tasks.Data"""
         self.about = dict(classes=list(data.classes), mean=list(data.mean), std=list(data.std))
-        self.saved_at = time.monotonic()
         if self.world.main:
             try:
                 self.make_folder()
@@ -164,7 +163,7 @@ class Run:
                 raise ValueError(f"cannot write to --output-dir {self.folder or 'runs'}: {error.strerror}") from None
         self.folder = self.world.gather(self.folder)[0]
         self.hint = self.hint or self.folder
-        self.saved = None  # the tensors are in the model now
+        self.saved, self.saved_at = None, time.monotonic()  # the tensors are in the model now
 
     def make_folder(self):
         # a numbered folder is taken by making it, so that runs that start together get one each
@@ -236,15 +235,25 @@ class Run:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, kind, error, trace):
         if self.file is not None:
             self.file.close()  # and with it the lock
+        if self.saved_at is not None and isinstance(error, ValueError):  # a broken sample, met in training
+            self.world.say(f"  that mended, continue with --resume --output-dir {self.hint}")
+
+    def fault(self, at):
+        """Why the state after an epoch is not worth saving, or None."""
+        if at.bad_in_a_row:
+            return f"the loss was not finite in the last {at.bad_in_a_row} steps"
+        if not math.isfinite(at.line.get("val_loss", 0)):
+            return f"the validation loss is not finite after epoch {at.line['epoch']}"
+        return None
 
     def finish(self, at):
-        if at.bad_in_a_row:
-            raise SystemExit(f"train.py: the loss was not finite in the last {at.bad_in_a_row} steps; the last "
-                             "checkpoint, if any, is from before them; start a new run with a smaller --lr, more "
-                             "--warmup-epochs or --clip-grad 1")
+        fault = self.fault(at)
+        if fault:
+            raise SystemExit(f"train.py: {fault}; the last checkpoint, if any, is from before; start a new run with a "
+                             "smaller --lr, more --warmup-epochs or --clip-grad 1")
         if self.world.main:
             pictures.save_curves(self.folder)
         self.world.gather(None)  # the checkpoint is complete before any rank goes on to read it

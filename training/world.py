@@ -3,8 +3,6 @@
 Needs: torch, tqdm.
 """
 
-import atexit
-import multiprocessing.util  # whose own function at exit must be registered before ours, to run after it
 import os
 import signal
 import sys
@@ -123,16 +121,6 @@ def lost_process(error):
     if "Connection" in reason:  # of gloo and NCCL
         return f"another of the training processes was lost ({reason}); continue with --resume"
     return None
-
-
-@atexit.register
-def end_workers():
-    """At exit Python would end loading processes by SIGTERM, which they ignore, and wait for ever."""
-    workers = [process for process in multiprocessing.active_children() if process.daemon]
-    if workers and hasattr(signal, "SIGCHLD"):  # not on Windows
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would call them lost
-    for process in workers:
-        process.kill()
 
 
 class Stop:
