@@ -4,7 +4,6 @@
     python experiments/claims.py mixmim-fill --data cifar10 --data-path DATA   train, measure, compare, judge
     python experiments/claims.py detect-init --first-seed 100 --seeds 1 --override "--lr 2e-3"     a pilot
     python experiments/claims.py report --write docs/results.md                what the committed results say
-    python experiments/claims.py headlines --write README.md                   the first lines of it
 
     common     flags of every arm's first run, where the arm does not replace them
     arms       name -> flags of that run; or (flags or None, flags of what follows it)
@@ -411,21 +410,21 @@ def present(name, folder):
     return groups
 
 
-def headlines(folder, page="docs/results.md"):
+def headlines(folder):
     """Markdown: the first statements of each claim that was run, those that the paper is known for."""
     lines = []
     for name, claim in CLAIMS.items():
         for (_, times), rows in present(name, folder).items():
             longer = "" if times == 1 else f", {times:g} times as long"
-            seeds = f"[{len(lab.by_seed(claim, rows))}]({page}#{name})"
+            seeds = f"[{len(lab.by_seed(claim, rows))}](#{name})"
             for text, verdict, effect, _ in lab.judged(claim, rows)[:claim.get("headlines", 1)]:
-                lines.append([text + longer, verdict.partition(",")[0], effect, seeds])
+                lines.append([text + longer, verdict, effect, seeds])
     return lab.markdown(["statement", "here", "effect ± interval", "seeds"], lines)
 
 
 def report(folder):
     """Markdown: headlines; per claim its figure, verdicts, arms and protocol; then what was not run."""
-    parts, missing = [headlines(folder, "")], []
+    parts, missing = [headlines(folder)], []
     for name, claim in CLAIMS.items():
         groups = present(name, folder)
         if not groups:
@@ -456,9 +455,6 @@ def section(name, claim, data, times, rows):
         f"torch {first['torch'].split('+')[0]}, commit {', '.join(commits)}. " + " ".join(claim["protocol"].split())])
 
 
-PAGES = {"report": report, "headlines": headlines}
-
-
 def fail(message):
     print(f"claims.py: {message}; see --help", file=sys.stderr)
     sys.exit(2)
@@ -467,7 +463,7 @@ def fail(message):
 def parse(argv):
     parser = argparse.ArgumentParser(prog="claims.py", description=__doc__.split("\n\n")[0])
     parser.error, flag = fail, parser.add_argument
-    flag("names", nargs="+", choices=[*CLAIMS, *PAGES, "list"], metavar="NAME", help="claims, list, report, headlines")
+    flag("names", nargs="+", choices=[*CLAIMS, "list", "report"], metavar="NAME", help="claims, or list, or report")
     flag("--data", default="shapes", choices=("shapes", "cifar10", "cifar100", "folder"), help="as in train.py")
     flag("--data-path", help="where it is")
     flag("--seeds", type=count, default=5, help="how many (default: 5)")
@@ -477,8 +473,8 @@ def parse(argv):
     flag("--tiny", action="store_true", help="sizes for a test of the program: nothing is learned")
     flag("--output-dir", default="runs/claims", help="of results and figures (default: %(default)s)")
     flag("--runs", default="runs", help="of the training runs (default: %(default)s)")
-    flag("--results", default=RESULTS, type=Path, help="of report and headlines: where the results are")
-    flag("--write", metavar="FILE", help="of report and headlines: write between the marks of this file")
+    flag("--results", default=RESULTS, type=Path, help="report: where the results are")
+    flag("--write", metavar="FILE", help="report: write between the marks of this file")
     flags = parser.parse_args(argv)
     if (flags.data_path is None) != (flags.data == "shapes"):
         fail(f"--data {flags.data} does not go with --data-path {flags.data_path}: all but shapes need a path")
@@ -495,9 +491,9 @@ def main(argv=None):
             elif name in CLAIMS:
                 run(name, flags)
             elif flags.write:
-                put_between(flags.write, MARKS, PAGES[name](flags.results))
+                put_between(flags.write, MARKS, report(flags.results))
             else:
-                print(PAGES[name](flags.results))
+                print(report(flags.results))
     except (ValueError, OSError) as error:
         fail(str(error).strip().splitlines()[-1])
     except SystemExit as stopped:

@@ -135,7 +135,7 @@ def inherit(args, default_model="vit_demo", **defaults):
     file = init_file(args)
     args.init_options = args.init_options or {}
     if isinstance(file.get("args"), dict):
-        take_over(args, typed(file["args"], init))
+        take_over(args, typed(file["args"], args.init))
     args.model = args.model or default_model
     if file and is_vit(args):
         try:
@@ -151,7 +151,7 @@ def inherit(args, default_model="vit_demo", **defaults):
 def typed(saved, init):
     """The flags in a checkpoint of ours; those of the encoder are checked as if they were given."""
     parser = Parser(add_help=False)
-    encoder_flags(parser.add_argument, init=False)
+    encoder_flags(parser.add_argument)
     words = parser.as_argv({name: saved.get(name) for name in ("model", "img_size", *SIZES)})
     try:
         return {**saved, **vars(parser.parse_known_args(words)[0])}
