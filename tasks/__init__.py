@@ -170,7 +170,7 @@ def describe(prediction, threshold=0.5):
         return ", ".join(f"{item['class']} {100 * item['probability']:.1f} %" for item in prediction["classes"])
     if "shares" in prediction:
         shares = sorted(prediction["shares"].items(), key=lambda item: -item[1])
-        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares)
+        return ", ".join(f"{name} {100 * share:.1f} %" for name, share in shares if share >= 0.0005)
     if "loss" in prediction:
         return "loss on hidden patches {loss:.3f} (predicting the patch mean: {baseline:.3f})".format(**prediction)
     if "features" in prediction:

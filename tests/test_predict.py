@@ -21,7 +21,7 @@ from coco import average_precision, make_truth
 from segment import confusion_matrix, mean_iou
 from semantic import SemanticFolder
 from shapes import Shapes
-from tasks import load_run, probe
+from tasks import describe, load_run, probe
 from tasks.detection import coco_results
 from training import pictures
 from training.world import World
@@ -82,6 +82,10 @@ def classifier(tmp_path_factory):
                 to_pil_image(photo(8 * k + i, SIZES[i % 4])).save(root / "data" / split / name / f"{i}.png")
     start(f"{FOLDER} --ema 0.5 --img-size 32 --data-path {root / 'data'}", root / "run")
     return root / "run"
+
+
+def test_classes_of_almost_no_pixel_are_not_in_the_line():
+    assert describe({"shares": {"sky": 0.0004, "tree": 0.25, "grass": 0.7496}}) == "grass 75.0 %, tree 25.0 %"
 
 
 def test_accuracy_from_the_json_is_that_of_the_log(classifier, tmp_path):
