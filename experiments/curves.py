@@ -7,8 +7,7 @@ Takes the folders (or log.jsonl files) that train.py wrote. Each --run is a name
 table gives mean and sample standard deviation at every epoch that all of them evaluated, the figure draws each run
 thinly and the mean boldly, over training steps.
 
-The panels of one run are drawn in training/pictures.py.
-Needs: torch, torchvision; matplotlib for the figure.
+Needs: torch, torchvision; training/pictures.py; matplotlib for the figure.
 """
 
 import argparse

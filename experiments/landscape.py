@@ -5,16 +5,14 @@
 Takes runs of `train.py --task classify` (folders or checkpoint.pt), measures all in the same way, prints one table and
 saves one figure. The columns are explained under the table, the equations are in geometry.py. Runs must share data set,
 image size and classes, and are measured on the same images. Folders whose names differ only in digits at their end
-(sam0, sam1) are seeds of one row: mean and sample standard deviation. Measured are the weights themselves, in fp32 and
-eval mode, also where --ema kept their average. Two calls give the same numbers. Corrupted and attacked images:
-train.py --eval-corruptions --eval-pgd.
+(sam0, sam1) are seeds of one row: mean and sample standard deviation. Measured are the weights themselves, in fp32,
+also where --ema kept their average. Corrupted and attacked images: train.py --eval-corruptions --eval-pgd.
 
 Source: Chen, Hsieh, Gong 2022, arXiv 2106.01548, who compare ResNets, ViTs and Mixers by such figures.
 Needs: torch, torchvision, einops, tqdm (matplotlib for the figure); tasks/ and geometry.py.
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
@@ -25,14 +23,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the concept files are in the repository root
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from lab import markdown  # first: it makes the concept files importable
 import geometry
 from benchmarks.machine import append, spread
 from curves import pyplot
 from data import EvalBatches, make_loader
-from lab import markdown
 from tasks import load_run
 from training.world import World
 
@@ -215,6 +212,10 @@ def main(argv=None):
         paths = list(map(Path, flags.checkpoints))
         opened = open_runs(paths, flags, world.device)
         rows = group(paths)
+        for name, members in rows.items():
+            if len({opened[i].args.seed for i in members}) < len(members):
+                raise ValueError(
+                    f"two runs of {name} have the same seed; give one, or folders of other names")
         measured, surfaces = [], []
         for i, run in enumerate(tqdm(opened, leave=False, disable=None)):
             figures, surface = measure(run, open_data(run, flags), flags, world)

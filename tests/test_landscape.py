@@ -160,6 +160,11 @@ def test_runs_that_cannot_be_compared_are_refused_in_one_sentence(runs, tmp_path
     assert not (tmp_path / "picture.png").exists()
 
 
+def test_two_runs_of_one_row_and_seed_are_refused(runs, tmp_path, capsys):
+    other = changed(runs, tmp_path / "adamw7.pt", seed=0)
+    assert "same seed" in refused(capsys, runs / "adamw0", other, "--output", tmp_path / "picture.png")
+
+
 def refused(capsys, *words):
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
