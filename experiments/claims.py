@@ -412,11 +412,12 @@ def present(name, folder):
     return {key: rows for key, rows in groups.items() if len(lab.by_seed(CLAIMS[name], rows)) >= LEAST}
 
 
-def headlines(folder):
+def headlines(found):
     """Markdown: the first statements of each claim that was run, those that the paper is known for."""
     lines = []
-    for name, claim in CLAIMS.items():
-        for (_, times), rows in present(name, folder).items():
+    for name, groups in found.items():
+        claim = CLAIMS[name]
+        for (_, times), rows in groups.items():
             longer = "" if times == 1 else f", {times:g} times as long"
             seeds = f"[{len(lab.by_seed(claim, rows))}](#{name})"
             for text, verdict, effect, _ in lab.judged(claim, rows)[:claim.get("headlines", 1)]:
@@ -428,9 +429,10 @@ def report(folder):
     """Markdown: headlines; per claim its figure, verdicts, arms and protocol; then what was not run."""
     if not any((folder / f"{name}.jsonl").exists() for name in CLAIMS):
         raise ValueError(f"--results {folder} holds no results of a claim; run one and give its --output-dir")
+    found = {name: present(name, folder) for name in CLAIMS}
     parts, missing = [], []
-    for name, claim in CLAIMS.items():
-        groups = present(name, folder)
+    for name, groups in found.items():
+        claim = CLAIMS[name]
         if not groups:
             missing.append(f"- `python experiments/claims.py {name}`, {claim['cost']} a seed: {claim['says']}")
             continue
@@ -438,7 +440,7 @@ def report(folder):
         if (folder / f"{name}.png").exists():
             parts.append(f"![{name}](../experiments/results/{name}.png)")
         parts += [section(name, claim, *group, rows) for group, rows in groups.items()]
-    parts = [headlines(folder), *parts] if parts else []
+    parts = [headlines(found), *parts] if parts else []
     return "\n\n".join([*parts, "### Not run in full yet: exercises", "\n".join(missing)])
 
 

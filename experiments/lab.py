@@ -44,7 +44,7 @@ import first_blocks
 import train
 from benchmarks.machine import append, finite, machine, plus_minus, read_rows, spread
 from checkpoints import read_checkpoint
-from curves import pyplot
+from training.pictures import pyplot, read_log
 
 STUDENT = (math.nan, 6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833)  # one-sided 95 %, by n - 1
 SHAPES = "--data shapes --scenes crowded --data-size 16000"  # 4,000 more are the validation set
@@ -190,8 +190,7 @@ class Run:
 
     def __init__(self, folder):
         self.folder, self.checkpoint = Path(folder), Path(folder) / "checkpoint.pt"
-        lines = [json.loads(line) for line in (self.folder / "log.jsonl").read_text().splitlines()]
-        self.epochs = [line for line in lines if "epoch" in line]
+        self.epochs = [line for line in read_log(self.folder) if "epoch" in line]
 
     def value(self, what):
         """"val_acc": its last one. "val_acc first", "mean" or "curve": of all evaluations."""

@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lab import markdown  # first: it makes the concept files importable
 import geometry
 from benchmarks.machine import append, spread
-from curves import pyplot
 from data import EvalBatches, make_loader
 from tasks import load_run
+from training.pictures import pyplot
 from training.world import World
 
 BATCH = 256  # images at a time, where no weights are derived
