@@ -99,9 +99,11 @@ def inherit_method(args):
     saved = encoders.init_file(args).get("args")
     method = saved.get("method") if isinstance(saved, dict) else None
     if method in tuple(METHODS) and args.method in (None, method):
-        for name in ("method", "mask_ratio", *OPTIONS):
+        names = ("method", "mask_ratio", *OPTIONS)
+        saved = encoders.typed(saved, args.init, names, add_flags)
+        for name in names:
             if getattr(args, name) is None:
-                setattr(args, name, saved.get(name))
+                setattr(args, name, saved[name])
     args.method = args.method or "mirl"
     if args.init and args.then_probe:
         raise ValueError(f"--init {args.init} does not go with --then-probe, which compares with random weights; name "

@@ -17,6 +17,7 @@ from small_runs import (
     assert_same_bits,
     assert_same_run,
     built,
+    checkpoint,
     epochs,
     interrupted_run,
     log,
@@ -189,6 +190,16 @@ def test_interrupted_it_resumes_without_the_file_it_started_from(finished, tmp_p
 def test_what_a_checkpoint_does_not_fit_is_refused(finished, capsys, more, words):
     error = refused(f"--task pretrain {init_of(finished(MAE))} {more}", capsys)
     assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize("name, value", [("decoder_depth", "x"), ("mask_ratio", "a"), ("mask_ratio", 7.0),
+                                         ("decoder_embed_dim", -3), ("decoder_num_heads", [1, 77])])
+def test_options_in_a_damaged_checkpoint_are_refused_in_one_sentence(finished, tmp_path, capsys, name, value):
+    saved = checkpoint(finished(MAE))
+    saved["args"][name] = value
+    torch.save(saved, tmp_path / "checkpoint.pt")
+    error = refused(f"--task pretrain {init_of(tmp_path)}", capsys)
+    assert f"--{name.replace('_', '-')}" in error or "77" in error, error
 
 
 def test_a_model_without_class_token_is_not_masked_by_mae(finished, capsys):

@@ -148,15 +148,15 @@ def inherit(args, default_model="vit_demo", **defaults):
             setattr(args, name, value)
 
 
-def typed(saved, init):
-    """The flags in a checkpoint of ours; those of the encoder are checked as if they were given."""
+def typed(saved, init, names=("model", "img_size", *SIZES), add_flags=encoder_flags):
+    """The flags in a checkpoint of ours; those with these names are checked as if they were given."""
     parser = Parser(add_help=False)
-    encoder_flags(parser.add_argument)
-    words = parser.as_argv({name: saved.get(name) for name in ("model", "img_size", *SIZES)})
+    add_flags(parser.add_argument)
+    words = parser.as_argv({name: saved.get(name) for name in names})
     try:
-        return {**saved, **vars(parser.parse_known_args(words)[0])}
+        return {**saved, **vars(parser.parse_args(words))}
     except ValueError as error:
-        raise ValueError(f"--init {init}: its args are of no encoder ({error}); is the file damaged?") from None
+        raise ValueError(f"--init {init}: its args are of no run ({error}); is the file damaged?") from None
 
 
 def take_over(args, saved):
